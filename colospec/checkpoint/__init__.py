@@ -1,0 +1,1 @@
+"""Save, resume and rotate training state; export what serving engines load."""

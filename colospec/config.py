@@ -1,0 +1,452 @@
+"""RunConfig: every setting of a run, with its type, meaning and checks.
+
+Dataclasses hold types, docs and checks; the YAML files under conf/ hold choices. `load` turns the
+composed DictConfig into a RunConfig once; nothing below ever sees a DictConfig. This module imports
+no torch, so that `--help` and `--cfg job` answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+CONF_DIR = Path(__file__).parent / "conf"
+if not CONF_DIR.is_dir():
+    CONF_DIR = Path(__file__).parent.parent / "conf"
+
+
+class Mode(Enum):
+    """How engines and trainers share the GPUs."""
+
+    colocate = "colocate"
+    alternate = "alternate"
+
+
+class Resume(Enum):
+    """What to do with checkpoints that `run_dir` already holds."""
+
+    auto = "auto"
+    never = "never"
+
+
+class Weights(Enum):
+    """Where the target's weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class Dtype(Enum):
+    """Floating-point type, by torch's name; auto takes what the model's config.json says."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class EngineName(Enum):
+    """What runs the target: auto is sglang on CUDA and hf on the CPU."""
+
+    auto = "auto"
+    hf = "hf"
+    sglang = "sglang"
+
+
+class RingPayload(Enum):
+    """Memory of the ring's slots: auto is ipc on CUDA and host on the CPU."""
+
+    auto = "auto"
+    ipc = "ipc"
+    host = "host"
+
+
+class RingLease(Enum):
+    """view reads the slot in place until backward is done; copy copies out and frees it at once."""
+
+    view = "view"
+    copy = "copy"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class Loss(Enum):
+    """kl: forward KL to the target; lk_alpha, lk_lambda: arXiv 2602.23881."""
+
+    kl = "kl"
+    lk_alpha = "lk_alpha"
+    lk_lambda = "lk_lambda"
+
+
+class Alignment(Enum):
+    """Which positions learn: exact = those whose label is supervised; eagle = as the EAGLE code."""
+
+    exact = "exact"
+    eagle = "eagle"
+
+
+class TrackerName(Enum):
+    """Where metrics go beside metrics.jsonl."""
+
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+@dataclass
+class TopologyConfig:
+    gpus: list[int] | None = None
+    """Which GPUs of a node to use, by index; all that the ranks need, from 0, if null."""
+
+
+@dataclass
+class LaunchConfig:
+    """Only for `python -m colospec.run`, which starts torchrun; torchrun's own flags win."""
+
+    gpus: str = "auto"
+    """GPUs per node to use: a number, or auto (all visible ones; 1 where there is none)."""
+    nodes: int = 1
+    """Number of nodes. Above 1, run the same command on every node with `rdzv_endpoint` set."""
+    rdzv_endpoint: str | None = None
+    """HOST:PORT of the first node; needed when nodes > 1."""
+    max_restarts: int = 0
+    """How often torchrun restarts a failed job; it resumes from the last checkpoint."""
+
+
+@dataclass
+class TargetConfig:
+    path: str | None = None
+    """Hugging Face directory of the target model; null is the built-in demo target."""
+    weights: Weights = Weights.pretrained
+    """random runs any target from its config.json alone (benchmarks)."""
+    dtype: Dtype = Dtype.auto
+    """Type in which the target runs and in which features travel."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model directory. Off unless you ask for it."""
+
+
+@dataclass
+class DraftConfig:
+    """What every draft algorithm has; each algorithm adds its own."""
+
+    algorithm: str = MISSING
+    """Name in the registry."""
+
+
+@dataclass
+class Eagle3Config(DraftConfig):
+    """EAGLE-3 (arXiv 2503.01840)."""
+
+    algorithm: str = "eagle3"
+    aux_layer_ids: list[int] | None = None
+    """Target layers whose outputs feed the draft, 0-based; null is [1, L // 2 - 1, L - 4]."""
+    ttt_length: int = 7
+    """Steps of training-time test: how often the draft is unrolled on itself."""
+    step_weight_decay: float = 0.8
+    """Weight of TTT step k is step_weight_decay ** k."""
+    draft_vocab_size: int | None = 32000
+    """Size of the pruned vocabulary (most frequent supervised tokens); null keeps the target's."""
+    intermediate_size: int | None = None
+    """Width of the MLP; null copies the target's."""
+    norm_output: bool = False
+    """EAGLE-3.1: feed the normed hidden state to the next step."""
+    fc_norm: bool = False
+    """EAGLE-3.1: one RMSNorm per aux layer before the projection."""
+    loss: Loss = Loss.kl
+    lk_eta: float = 3.0
+    """lk_lambda: the weight of KL is exp(-lk_eta * acceptance)."""
+    alignment: Alignment = Alignment.exact
+    chunk_tokens: int = 2048
+    """Supervised positions per chunk of vocabulary head and loss; bounds their memory."""
+
+
+@dataclass
+class DataConfig:
+    path: str | None = None
+    """A .json, .jsonl or .parquet file, a directory of them, or a Hugging Face datasets directory;
+    null is the built-in demo text."""
+    max_length: int = 2048
+    """Longest sample in tokens; longer ones are filtered out and counted."""
+    token_budget: int = 8192
+    """Tokens per micro-batch: sizes ring slots, KV pool and activations. At least max_length."""
+    max_sequences: int = 128
+    """Most samples in one micro-batch."""
+    last_turn_only: bool | None = None
+    """Supervise only the last assistant turn; null decides per sample: on for templates that drop
+    the reasoning of earlier turns. A row's own `last_turn_only` wins."""
+    min_loss_tokens: int = 1
+    """Samples with fewer supervised tokens are filtered out and counted."""
+    max_filtered_fraction: float = 0.5
+    """More filtered rows than this is an error."""
+    num_workers: int | None = None
+    """Processes that tokenise; null is one per core."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; null is $XDG_CACHE_HOME/colospec."""
+    eval_path: str | None = None
+    """Held-out prompts for `evaluate` at the end, in the formats of `path`; null skips it, except
+    in the demo."""
+
+
+@dataclass
+class RingConfig:
+    num_slots: int = 3
+    """Micro-batches that an engine may be ahead of its trainer."""
+    payload: RingPayload = RingPayload.auto
+    lease: RingLease = RingLease.view
+
+
+@dataclass
+class EngineConfig:
+    name: EngineName = EngineName.auto
+    tp: int = 1
+    """Tensor-parallel size of one engine replica; it divides the number of engine ranks."""
+
+
+@dataclass
+class TrainerConfig:
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.5
+    schedule: Schedule = Schedule.cosine
+    warmup_fraction: float = 0.015
+    """Share of all steps over which the learning rate rises from 0."""
+    decay_fraction: float = 0.2
+    """wsd: share of all steps, at the end, over which it falls to min_lr."""
+    epochs: int = 1
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; null trains for `epochs`."""
+    accumulation: int = 1
+    """Micro-batches per trainer and optimizer step."""
+    dtype: Dtype = Dtype.auto
+    """Type of the draft's computation; auto is bfloat16 on CUDA and float32 on the CPU. Master
+    weights, optimizer state and losses are float32 in any case."""
+    log_interval: int = 10
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep: int = 2
+    """Checkpoints to keep, beside the best one."""
+    best_metric: str = "train/loss"
+    """The checkpoint with the lowest value of it is kept; a name ending in _length: the highest."""
+    max_skipped_steps: int = 5
+    """Consecutive steps with NaN or Inf gradients (skipped on all ranks) before the run fails."""
+    init_from: str | None = None
+    """Exported draft directory to start from; null starts from random weights."""
+
+
+@dataclass
+class TrackerConfig:
+    name: TrackerName = TrackerName.none
+    project: str = "colospec"
+
+
+@dataclass
+class MemoryConfig:
+    """Shares of each GPU's memory; trainer + engine + 0.10 <= 1. Without effect on a CPU."""
+
+    trainer_fraction: float = 0.45
+    engine_fraction: float = 0.45
+
+
+@dataclass
+class LimitConfig:
+    """Longest time, in seconds, that a rank may spend in a phase before the watchdog ends the job."""
+
+    start_s: float = 600.0
+    """Until all ranks have joined."""
+    load_s: float = 1800.0
+    """Until data and models are loaded (the demo target is built in this phase)."""
+    step_s: float = 300.0
+    """Without a finished micro-batch."""
+    checkpoint_s: float = 900.0
+    """Without a committed checkpoint while the end of the run waits for one."""
+
+
+@dataclass
+class EvaluateConfig:
+    enabled: bool | None = None
+    """Measure real acceptance at the end of the run; null: when there are held-out prompts."""
+    num_prompts: int = 24
+    max_new_tokens: int = 64
+    chain_length: int | None = None
+    """Tokens drafted per verify step; null is the draft's ttt_length."""
+
+
+@dataclass
+class RunConfig:
+    mode: Mode = MISSING
+    """Chosen with +mode=colocate or +mode=alternate."""
+    run_dir: str | None = None
+    """Where the run keeps everything; an existing one resumes. Null makes a new one in outputs/."""
+    resume: str = "auto"
+    """auto continues from the newest good checkpoint of run_dir; never refuses a run_dir that has
+    one; a PATH starts from that checkpoint directory."""
+    dry_run: bool = False
+    """Print ranks, memory and steps, load no model, and stop."""
+    seed: int = 0
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    target: TargetConfig = field(default_factory=TargetConfig)
+    draft: DraftConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    ring: RingConfig = field(default_factory=RingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    limit: LimitConfig = field(default_factory=LimitConfig)
+
+
+def register() -> None:
+    """Make the schemas known to Hydra; the YAML files name them in their defaults lists."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=RunConfig)
+    store.store(group="draft", name="base_eagle3", node=Eagle3Config)
+
+
+def modes() -> list[str]:
+    """Return the names that +mode= accepts."""
+    return sorted(path.stem for path in (CONF_DIR / "mode").glob("*.yaml"))
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """Turn the composed config into a checked RunConfig.
+
+    Raises ValueError naming the setting and the fix for a missing mode or values that cannot work
+    together.
+    """
+    if OmegaConf.is_missing(cfg, "mode"):
+        choices = " or ".join(f"+mode={name}" for name in modes())
+        raise ValueError(f"no mode chosen; add {choices}")
+    run = OmegaConf.to_object(cfg)
+    assert isinstance(run, RunConfig)
+    check(run)
+    return run
+
+
+def check(run: RunConfig) -> None:
+    """Raise ValueError for the first setting that cannot work, naming it and what to type."""
+    _check_numbers(run)
+    data, trainer, memory = run.data, run.trainer, run.memory
+    if data.token_budget < data.max_length:
+        raise ValueError(
+            f"data.token_budget={data.token_budget} is less than data.max_length="
+            f"{data.max_length}: the longest sample would fit no micro-batch; "
+            f"set data.token_budget={data.max_length} or lower data.max_length"
+        )
+    if trainer.min_lr > trainer.lr:
+        raise ValueError(f"trainer.min_lr={trainer.min_lr} is above trainer.lr={trainer.lr}")
+    if len(trainer.betas) != 2 or not all(0 <= beta < 1 for beta in trainer.betas):
+        raise ValueError(f"trainer.betas={trainer.betas} must be two numbers in [0, 1)")
+    if memory.trainer_fraction + memory.engine_fraction + 0.10 > 1.0 + 1e-9:
+        raise ValueError(
+            f"memory.trainer_fraction={memory.trainer_fraction} + memory.engine_fraction="
+            f"{memory.engine_fraction} + 0.10 for the CUDA contexts is above 1; lower one of them"
+        )
+    if trainer.dtype is Dtype.float16:
+        raise ValueError("trainer.dtype=float16 would need loss scaling; use bfloat16 or float32")
+    if run.launch.nodes > 1 and not run.launch.rdzv_endpoint:
+        raise ValueError(
+            f"launch.nodes={run.launch.nodes} needs launch.rdzv_endpoint=HOST:PORT of the first node"
+        )
+    if run.launch.nodes > 1 and not run.run_dir:
+        raise ValueError(
+            f"launch.nodes={run.launch.nodes} needs run_dir=PATH on a file system that all nodes share"
+        )
+    if run.launch.gpus != "auto" and not (run.launch.gpus.isdigit() and int(run.launch.gpus) > 0):
+        raise ValueError(f"launch.gpus={run.launch.gpus} must be auto or a number from 1")
+    if run.mode is Mode.alternate and run.engine.tp != 1:
+        raise ValueError(
+            f"engine.tp={run.engine.tp} does not work in mode=alternate, where every rank runs its "
+            "own engine; set engine.tp=1 or use +mode=colocate"
+        )
+    if isinstance(run.draft, Eagle3Config) and run.draft.aux_layer_ids is not None:
+        ids = run.draft.aux_layer_ids
+        if not ids or len(set(ids)) != len(ids) or min(ids) < 0:
+            raise ValueError(
+                f"draft.aux_layer_ids={ids} must be distinct layers of the target, from 0; "
+                "null takes the default"
+            )
+
+
+_AT_LEAST: tuple[tuple[str, float], ...] = (
+    ("data.max_length", 4),
+    ("data.max_sequences", 1),
+    ("data.min_loss_tokens", 1),
+    ("data.max_filtered_fraction", 0),
+    ("data.num_workers", 1),
+    ("draft.ttt_length", 1),
+    ("draft.draft_vocab_size", 1),
+    ("draft.intermediate_size", 1),
+    ("draft.chunk_tokens", 1),
+    ("engine.tp", 1),
+    ("launch.max_restarts", 0),
+    ("launch.nodes", 1),
+    ("ring.num_slots", 1),
+    ("trainer.accumulation", 1),
+    ("trainer.epochs", 1),
+    ("trainer.keep", 1),
+    ("trainer.log_interval", 1),
+    ("trainer.lr", 0),
+    ("trainer.max_skipped_steps", 1),
+    ("trainer.max_steps", 1),
+    ("trainer.min_lr", 0),
+    ("trainer.save_interval", 0),
+    ("trainer.weight_decay", 0),
+    ("evaluate.num_prompts", 1),
+    ("evaluate.max_new_tokens", 1),
+    ("evaluate.chain_length", 1),
+)
+_ABOVE_ZERO = (
+    "draft.step_weight_decay",
+    "limit.checkpoint_s",
+    "limit.load_s",
+    "limit.start_s",
+    "limit.step_s",
+    "memory.engine_fraction",
+    "memory.trainer_fraction",
+    "trainer.eps",
+    "trainer.max_grad_norm",
+)
+_AT_MOST_ONE = (
+    "data.max_filtered_fraction",
+    "draft.step_weight_decay",
+    "trainer.decay_fraction",
+    "trainer.warmup_fraction",
+)
+
+
+def _check_numbers(run: RunConfig) -> None:
+    for name, low in _AT_LEAST:
+        value = _value(run, name)
+        if value is not None and not value >= low:
+            raise ValueError(f"{name}={value} must be at least {low:g}")
+    for name in _ABOVE_ZERO:
+        value = _value(run, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be above 0")
+    for name in _AT_MOST_ONE:
+        value = _value(run, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must be in [0, 1]")
+
+
+def _value(run: RunConfig, name: str) -> Any:
+    """Return the setting, or None where this draft algorithm does not have it."""
+    group, key = name.split(".")
+    return getattr(getattr(run, group), key, None)

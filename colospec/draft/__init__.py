@@ -1,0 +1,1 @@
+"""Draft algorithms: one module each, found through `registry`."""

@@ -1,0 +1,1 @@
+"""What runs the target model and captures its hidden states."""

@@ -1,0 +1,1 @@
+"""Measure acceptance length: real, by speculative decoding; simulated, by training accuracy."""

@@ -1,0 +1,1 @@
+"""Slots that carry features from an engine to its trainer."""

@@ -1,0 +1,1 @@
+"""The training loop: FSDP2, optimizer, metrics."""
