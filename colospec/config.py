@@ -27,13 +27,6 @@ class Mode(Enum):
     alternate = "alternate"
 
 
-class Resume(Enum):
-    """What to do with checkpoints that `run_dir` already holds."""
-
-    auto = "auto"
-    never = "never"
-
-
 class Weights(Enum):
     """Where the target's weights come from."""
 
@@ -194,9 +187,6 @@ class DataConfig:
     """Processes that tokenise; null is one per core."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is $XDG_CACHE_HOME/colospec."""
-    eval_path: str | None = None
-    """Held-out prompts for `evaluate` at the end, in the formats of `path`; null skips it, except
-    in the demo."""
 
 
 @dataclass
@@ -264,7 +254,7 @@ class MemoryConfig:
 
 @dataclass
 class LimitConfig:
-    """Longest time, in seconds, that a rank may spend in a phase before the watchdog ends the job."""
+    """Longest time, in seconds, that a rank may spend in a phase before the job is ended."""
 
     start_s: float = 600.0
     """Until all ranks have joined."""
@@ -274,16 +264,6 @@ class LimitConfig:
     """Without a finished micro-batch."""
     checkpoint_s: float = 900.0
     """Without a committed checkpoint while the end of the run waits for one."""
-
-
-@dataclass
-class EvaluateConfig:
-    enabled: bool | None = None
-    """Measure real acceptance at the end of the run; null: when there are held-out prompts."""
-    num_prompts: int = 24
-    max_new_tokens: int = 64
-    chain_length: int | None = None
-    """Tokens drafted per verify step; null is the draft's ttt_length."""
 
 
 @dataclass
@@ -306,7 +286,6 @@ class RunConfig:
     ring: RingConfig = field(default_factory=RingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     limit: LimitConfig = field(default_factory=LimitConfig)
@@ -333,6 +312,8 @@ def load(cfg: DictConfig) -> RunConfig:
     if OmegaConf.is_missing(cfg, "mode"):
         choices = " or ".join(f"+mode={name}" for name in modes())
         raise ValueError(f"no mode chosen; add {choices}")
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise ValueError(f"{missing[0]} has no value; add {missing[0]}=...")
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     check(run)
@@ -362,11 +343,13 @@ def check(run: RunConfig) -> None:
         raise ValueError("trainer.dtype=float16 would need loss scaling; use bfloat16 or float32")
     if run.launch.nodes > 1 and not run.launch.rdzv_endpoint:
         raise ValueError(
-            f"launch.nodes={run.launch.nodes} needs launch.rdzv_endpoint=HOST:PORT of the first node"
+            f"launch.nodes={run.launch.nodes} needs launch.rdzv_endpoint=HOST:PORT, "
+            "an address of the first node"
         )
     if run.launch.nodes > 1 and not run.run_dir:
         raise ValueError(
-            f"launch.nodes={run.launch.nodes} needs run_dir=PATH on a file system that all nodes share"
+            f"launch.nodes={run.launch.nodes} needs run_dir=PATH on a file system "
+            "that all nodes share"
         )
     if run.launch.gpus != "auto" and not (run.launch.gpus.isdigit() and int(run.launch.gpus) > 0):
         raise ValueError(f"launch.gpus={run.launch.gpus} must be auto or a number from 1")
@@ -408,9 +391,6 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("trainer.min_lr", 0),
     ("trainer.save_interval", 0),
     ("trainer.weight_decay", 0),
-    ("evaluate.num_prompts", 1),
-    ("evaluate.max_new_tokens", 1),
-    ("evaluate.chain_length", 1),
 )
 _ABOVE_ZERO = (
     "draft.step_weight_decay",

@@ -1,0 +1,63 @@
+# Everything sets itself up: `make demo` on a fresh clone needs python 3.11 or 3.12 and gcc.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+draft ?= eagle3
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-offline format lint types test test-gpu soak demo train sweep bench clean
+
+help:  ## Show this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+
+install: $(STAMP)  ## Make .venv with the tested versions and build the extension
+$(STAMP): pyproject.toml constraints.txt $(wildcard colospec/csrc/*)
+	@echo "install: building $(VENV) (about two minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --constraint constraints.txt torch setuptools
+	@$(INSTALL) --constraint constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $(STAMP)
+
+install-offline:  ## Build the extension into the current python, without the network
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+
+format: $(STAMP)  ## Format Python and C
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i colospec/csrc/*.c colospec/csrc/*.h
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror colospec/csrc/*.c colospec/csrc/*.h
+	$(BIN)/codespell $$(git ls-files)
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+test: $(STAMP) lint types  ## Lint, types and all tests that need no GPU
+	$(BIN)/python -m pytest --durations=25
+
+test-gpu: $(STAMP)  ## The tests that need GPUs; those that lack one say so
+	$(BIN)/python -m pytest tests/gpu
+
+soak: $(STAMP)  ## 1,000 SIGKILLs of the ring, kill and resume of whole runs (half an hour)
+	$(BIN)/python tests/ring/soak.py 1000
+	$(BIN)/python -m pytest -m slow --timeout=1800 tests
+
+demo: $(STAMP)  ## Train a draft for a small target on this machine and show what it gains
+	@$(BIN)/python -m colospec.demo draft=$(draft)
+
+train: $(STAMP)  ## Colocated run on all GPUs of this machine (or its CPU)
+	$(BIN)/python -m colospec.run +mode=colocate
+
+sweep: $(STAMP)  ## Three learning rates, one fresh job each
+	$(BIN)/python -m colospec.run -m +mode=colocate +sweep=lr
+
+bench: $(STAMP)  ## Measure this machine; results go to benchmarks/results
+	$(BIN)/python benchmarks/bench_ring.py
+
+clean:  ## Remove .venv, build products and runs
+	rm -rf $(VENV) build dist outputs colospec/*.so *.egg-info .hypothesis .mypy_cache .ruff_cache .pytest_cache

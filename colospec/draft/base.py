@@ -1,0 +1,122 @@
+"""What every draft algorithm provides, and what it gets: the contract with engine, trainer, export.
+
+A draft model is an `nn.Module` whose `forward` is the whole loss, because FSDP2 gathers parameters
+around `forward` only. The target's embedding and head are frozen, non-persistent buffers: never in
+a checkpoint, never sharded, without gradients.
+
+Shape letters: T tokens, H target hidden size, V target vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from colospec.batch import FeatureBatch, FeatureSpec
+from colospec.config import DraftConfig, Weights
+from colospec.target import Target
+
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """Where in the run a micro-batch stands.
+
+    `num_loss_tokens` is the number of True entries in the loss masks of the whole optimizer step,
+    over all trainers and micro-batches; `generator` feeds algorithms that sample (None: the global
+    one).
+    """
+
+    step: int
+    total_steps: int
+    num_loss_tokens: int
+    generator: torch.Generator | None = None
+
+
+class LossTerms(NamedTuple):
+    """What `DraftModel.forward` returns; a NamedTuple, so that FSDP2 finds the tensors in it.
+
+    loss: float32 scalar, the sum over supervised positions divided by `num_loss_tokens`: adding
+    the gradients of all micro-batches and trainers gives the gradient of the whole step.
+    metrics: name -> (sum, count), detached scalars on the features' device, to be added up before
+    they are divided.
+    """
+
+    loss: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+class DraftModel(nn.Module):
+    """Base of all draft algorithms: the target's frozen weights, and what a subclass must define.
+
+    Two buffers: `embedding` [V, H] and `target_head` [V, H] (None where the target ties them).
+    """
+
+    embedding: Tensor
+    target_head: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("embedding", torch.empty(0, 0), persistent=False)
+        self.register_buffer("target_head", None, persistent=False)
+
+    @classmethod
+    def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
+        """Return what the algorithm needs from the target; engines call it without a module."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(
+        cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
+    ) -> Self:
+        """Build with fresh random weights (from torch's global generator, so seed it alike on all
+        trainers) and without the target's weights; `load_target` adds those."""
+        raise NotImplementedError
+
+    def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
+        """Return loss and metrics of one micro-batch.
+
+        `batch.tokens` is on the CPU, so that no index depends on a GPU result; `batch.features` is
+        on the model's device.
+        """
+        raise NotImplementedError
+
+    def load_target(self, target: Target, *, weights: Weights = Weights.pretrained) -> None:
+        """Load the target's embedding and head, in the target's dtype; random ones are the same on
+        every rank.
+
+        Raises ValueError where the files do not fit config.json.
+        """
+        shape = (target.vocab_size, target.hidden_size)
+        if weights is Weights.random:
+            generator = torch.Generator().manual_seed(0)
+            random = [
+                torch.empty(shape, device="cpu").normal_(0.0, 0.02, generator=generator)
+                for _ in range(1 if target.tied else 2)
+            ]
+            self.set_target(*(weight.to(target.dtype) for weight in random))
+            return
+        loaded = [target.load_embedding()]
+        if not target.tied:
+            loaded.append(target.load_head())
+        for name, weight in zip(("embedding", "head"), loaded, strict=False):
+            if tuple(weight.shape) != shape:
+                raise ValueError(
+                    f"the {name} in {target.path} is {list(weight.shape)}, but config.json says "
+                    f"vocab_size={shape[0]}, hidden_size={shape[1]}; the directory is damaged"
+                )
+        self.set_target(*(weight.to(target.dtype) for weight in loaded))
+
+    def set_target(self, embedding: Tensor, head: Tensor | None = None) -> None:
+        """Set the frozen embedding [V, H] and head [V, H]; a head of None is the embedding."""
+        self.embedding = embedding
+        self.target_head = head
+
+    @property
+    def frozen_head(self) -> Tensor:
+        """The target's output head [V, H]."""
+        return self.embedding if self.target_head is None else self.target_head

@@ -1,0 +1,100 @@
+"""Start one fresh torchrun for one job, wait for it, and return what it achieved.
+
+Fresh processes for every job of a sweep: process groups, CUDA contexts and engines cannot be
+reused safely. Nothing here touches CUDA.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from colospec.config import Mode, RunConfig
+
+PR_SET_PDEATHSIG = 1
+
+
+class JobFailed(RuntimeError):
+    """The torchrun job ended with an error."""
+
+
+def visible_gpus() -> int:
+    """Count the GPUs without creating a CUDA context."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def ranks_per_node(run: RunConfig) -> int:
+    """Return how many ranks `launch.gpus` means: 2 per GPU in colocate mode, else 1."""
+    gpus = run.launch.gpus
+    if gpus != "auto":
+        count = int(gpus)
+    elif run.topology.gpus is not None:
+        count = len(run.topology.gpus)
+    else:
+        count = max(visible_gpus(), 1)
+    return count * (2 if run.mode is Mode.colocate else 1)
+
+
+def command(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> list[str]:
+    """Return the torchrun command that does the same as this launcher, fit for typing."""
+    launch = run.launch
+    rendezvous = ["--standalone"]
+    if launch.nodes > 1:
+        rendezvous = [
+            f"--nnodes={launch.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={launch.rdzv_endpoint}",
+            f"--rdzv-id={run_dir.name}",
+        ]
+    restarts = [f"--max-restarts={launch.max_restarts}"] if launch.max_restarts else []
+    ours = [word for word in overrides if not word.startswith("run_dir=")]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *rendezvous,
+        *restarts,
+        f"--nproc-per-node={ranks_per_node(run)}",
+        "-m",
+        "colospec.run",
+        *ours,
+        f"run_dir={run_dir}",
+    ]
+
+
+def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
+    """Run the job; return the objective from `run_dir`/result.json (lower is better).
+
+    Raises JobFailed with the exit code and where the logs are. Ctrl-C and SIGTERM are passed on
+    and the job is waited for, so that no rank is orphaned; if this process is killed, torchrun
+    ends as well.
+    """
+    words = command(run, overrides, run_dir)
+    shown = ["torchrun", *words[3:]]
+    print(f"launch: {shlex.join(shown)}", file=sys.stderr, flush=True)
+    with subprocess.Popen(words, preexec_fn=_die_with_parent) as torchrun:
+        previous = signal.signal(signal.SIGTERM, lambda *_: torchrun.terminate())
+        try:
+            code = torchrun.wait()
+        except KeyboardInterrupt:
+            # torchrun got the same Ctrl-C; a second wait lets it stop its ranks.
+            torchrun.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    result = run_dir / "result.json"
+    if code or not result.is_file():
+        raise JobFailed(f"the job ended with code {code}; logs: {run_dir}/log/")
+    return float(json.loads(result.read_text())["objective"])
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,135 @@
+"""The entry point, with two faces: under torchrun it works, under plain python it starts torchrun.
+
+torchrun --nproc-per-node 8 -m colospec.run +mode=colocate          work: every rank
+python -m colospec.run +mode=colocate                               launch: starts the line above
+python -m colospec.run -m +mode=colocate trainer.lr=1e-4,3e-4       launch, once per job
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from colospec import config, launch, log
+from colospec.config import RunConfig
+
+if TYPE_CHECKING:
+    from colospec.topology import Topology
+
+
+def under_torchrun() -> bool:
+    """Tell which face to show."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def is_rank0() -> bool:
+    """True in the one process that owns the run directory and the console."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_directory(chosen: str | None) -> str:
+    """Return Hydra's output directory: `run_dir`, or a new one; only rank 0 makes any."""
+    if not is_rank0():
+        return "."
+    return chosen or time.strftime("outputs/%Y-%m-%d/%H-%M-%S")
+
+
+def topology_of(run: RunConfig) -> Topology:
+    """Place the ranks that torchrun started, or would start."""
+    from colospec import topology
+
+    visible = launch.visible_gpus()
+    if under_torchrun():
+        world_size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    else:
+        local = launch.ranks_per_node(run)
+        world_size = local * run.launch.nodes
+        if run.dry_run and run.launch.gpus != "auto":
+            visible = max(visible, int(run.launch.gpus))
+    return topology.build(
+        run.mode,
+        world_size=world_size,
+        local_world_size=local,
+        visible_gpus=visible,
+        gpus=run.topology.gpus,
+        tp=run.engine.tp,
+    )
+
+
+def start(cfg: DictConfig) -> float | None:
+    """Run one composed job on the face that is called for; the objective of a launched one."""
+    run = config.load(cfg)
+    topology = topology_of(run)
+    hydra_config = HydraConfig.get()
+    run_dir = hydra_config.runtime.output_dir
+    if run.dry_run:
+        if is_rank0():
+            from colospec import dry_run
+
+            dry_run.show(run, topology)
+        return None
+    if under_torchrun():
+        from colospec.train.rank import run_rank
+
+        run_rank(run, topology, Path(run_dir))
+        return None
+    overrides = [o for o in hydra_config.overrides.task if not o.lstrip("+").startswith("sweep=")]
+    return launch.launch(run, overrides, Path(run_dir))
+
+
+def task(cfg: DictConfig) -> float | None:
+    """Run `start`, with settings' errors as one line; a sweep goes on after a failed job."""
+    sys.stderr = sys.__stderr__
+    log.to_console()
+    try:
+        return start(cfg)
+    except (ValueError, launch.JobFailed) as error:
+        if is_rank0():
+            log.console.print(f"error: {error}", style="bold red", markup=False)
+        if HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN:
+            raise
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def refuse_sweep_in_torchrun(words: list[str]) -> None:
+    """Exit with the right command when a multirun was asked for inside torchrun."""
+    flags = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+    if not any(word in flags or word.lstrip("+").startswith("sweep=") for word in words):
+        return
+    rest = [word for word in words if word not in flags]
+    if is_rank0():
+        log.console.print(
+            "error: a sweep cannot run inside torchrun: every job needs fresh processes. Type\n"
+            f"    python -m colospec.run -m {shlex.join(rest)}",
+            style="bold red",
+            markup=False,
+        )
+    sys.exit(2)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    if under_torchrun():
+        refuse_sweep_in_torchrun(sys.argv[1:])
+        if not is_rank0():
+            # Rank 0 speaks for all while the settings are composed.
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    OmegaConf.register_new_resolver("run_directory", run_directory)
+    OmegaConf.register_new_resolver("on_rank0", lambda ours, other: ours if is_rank0() else other)
+    config.register()
+    decorate = hydra.main(
+        version_base="1.3", config_path=str(config.CONF_DIR), config_name="config"
+    )
+    decorate(task)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What both roles of a run load alike: target facts, data, plan, and where to start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from colospec import demo
+from colospec.batch import Cursor, FeatureSpec, TokenBatch
+from colospec.config import DataConfig, RunConfig
+from colospec.data.dataset import Dataset, prepare
+from colospec.data.pack import Plan, Step
+from colospec.draft import registry
+from colospec.target import Target
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: the next micro-batch of the plan, and completed optimizer steps."""
+
+    epoch: int = 0
+    micro_batch: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run's facts, equal on all ranks."""
+
+    run: RunConfig
+    target: Target
+    dataset: Dataset
+    plan: Plan
+    spec: FeatureSpec
+    num_trainers: int
+    total_steps: int
+
+    @classmethod
+    def load(cls, run: RunConfig, *, num_trainers: int, progress: bool) -> Job:
+        """Find the target, tokenise the data (once per machine) and lay out the plan."""
+        target = load_target(run)
+        data = data_with_path(run.data, run.target.path)
+        dataset = prepare(
+            data, tokenizer_path=target.path, vocab_size=target.vocab_size, progress=progress
+        )
+        plan = Plan(
+            dataset.lengths,
+            dataset.num_loss_tokens,
+            seed=run.seed,
+            token_budget=data.token_budget,
+            max_sequences=data.max_sequences,
+            fingerprint=dataset.fingerprint,
+        )
+        per_step = num_trainers * run.trainer.accumulation
+        total = run.trainer.max_steps or plan.estimate_steps(per_step, run.trainer.epochs)
+        spec = registry.features(run.draft, target)
+        return cls(run, target, dataset, plan, spec, num_trainers, total)
+
+    def steps(self, start: Start) -> Iterator[Step]:
+        """Yield the optimizer steps from `start` on, all micro-batches of all trainers in each.
+
+        With trainer.max_steps the data is gone through as often as it takes.
+        """
+        trainer = self.run.trainer
+        steps = self.plan.steps(
+            micro_batches_per_step=self.num_trainers * trainer.accumulation,
+            start_epoch=start.epoch,
+            start_micro_batch=start.micro_batch,
+            start_step=start.step,
+            epochs=trainer.epochs if trainer.max_steps is None else 2**31,
+        )
+        for step in steps:
+            if trainer.max_steps is not None and step.step >= trainer.max_steps:
+                return
+            yield step
+
+    def micro_batches(self, step: Step, trainer_rank: int) -> Iterator[TokenBatch]:
+        """Yield one trainer's part of a step: micro-batch m belongs to trainer m % trainers."""
+        for index in range(trainer_rank, len(step.bins), self.num_trainers):
+            cursor = Cursor(step.epoch, step.micro_batch + index, step.step)
+            yield self.dataset.batch(cursor, step.bins[index])
+
+
+def load_target(run: RunConfig) -> Target:
+    """Read the target's facts, building the demo target if none is named."""
+    path = Path(run.target.path) if run.target.path else demo.ensure_target()
+    return Target.load(path, dtype=run.target.dtype.value)
+
+
+def data_with_path(data: DataConfig, target_path: str | None) -> DataConfig:
+    """Return `data` with the built-in demo text in place of a missing path."""
+    if data.path is not None:
+        return data
+    if target_path is not None:
+        log.warning("data.path is not set: training on the built-in demo text")
+    values = {**vars(data), "path": str(demo.ensure_data().train_path)}
+    return DataConfig(**values)

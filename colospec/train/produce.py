@@ -1,0 +1,116 @@
+"""The engine's side of a run: capture features for one trainer's micro-batches, in order."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from colospec.batch import Cursor, FeatureSink, FeatureSource, Lease, TokenBatch
+from colospec.engine.base import Engine, open_engine
+from colospec.ring import Closed
+from colospec.ring.local import LocalChannel
+from colospec.train.job import Job, Start
+from colospec.world import World
+
+log = logging.getLogger(__name__)
+REPORT_S = 1.0
+
+
+def load_engine(job: Job, world: World) -> Engine:
+    """Load the target on this rank's device."""
+    run = job.run
+    return open_engine(
+        run.engine,
+        job.target,
+        job.spec,
+        weights=run.target.weights,
+        trust_remote_code=run.target.trust_remote_code,
+        device=world.device,
+        max_tokens=run.data.token_budget,
+        max_sequences=run.data.max_sequences,
+    )
+
+
+def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: Start) -> None:
+    """Fill slots until the plan ends or the trainer closes the ring (either is success)."""
+    rate = CaptureRate(world)
+    timeout_s = world.limit.step_s
+    try:
+        for step in job.steps(start):
+            for tokens in job.micro_batches(step, world.place.role_rank):
+                views = sink.acquire(tokens, timeout_s=timeout_s)
+                began = time.monotonic()
+                engine.capture(tokens, views)
+                sink.publish()
+                rate.add(tokens, time.monotonic() - began)
+                world.watchdog.beat()
+        sink.end()
+    except Closed:
+        log.info("the trainer needs no more features")
+
+
+class CaptureRate:
+    """Tells the trainers what this engine could do: tokens per second of capture time."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._tokens = 0
+        self._busy_s = 0.0
+        self._reported = time.monotonic()
+
+    def add(self, tokens: TokenBatch, seconds: float) -> None:
+        """Count one capture; publish the rate about once a second."""
+        self._tokens += tokens.num_tokens
+        self._busy_s += seconds
+        now = time.monotonic()
+        if now - self._reported > REPORT_S:
+            rate = self._tokens / max(self._busy_s, 1e-9)
+            self._world.store.set_json(f"engine_rate/{self._world.place.role_rank}", rate)
+            self._tokens, self._busy_s, self._reported = 0, 0.0, now
+
+
+class AlternateSource(FeatureSource):
+    """A source that runs the engine itself, one micro-batch at a time, in this very process.
+
+    The features go through an in-process slot with the ring's lease rules, so that a trainer cannot
+    tell the difference: the oracle for colocate mode, and the fallback without MPS.
+    """
+
+    def __init__(self, job: Job, world: World, engine: Engine, start: Start) -> None:
+        self._engine = engine
+        self._channel = LocalChannel(job.spec, max_tokens=job.run.data.token_budget, num_slots=1)
+        self._rate = CaptureRate(world)
+        self._batches = (
+            tokens
+            for step in job.steps(start)
+            for tokens in job.micro_batches(step, world.place.role_rank)
+        )
+
+    def acquire(self, *, timeout_s: float) -> Lease | None:
+        """Capture the next micro-batch and lease it; None after the last."""
+        tokens = next(self._batches, None)
+        if tokens is None:
+            self._channel.writer.end()
+        else:
+            views = self._channel.writer.acquire(tokens, timeout_s=timeout_s)
+            began = time.monotonic()
+            self._engine.capture(tokens, views)
+            self._channel.writer.publish()
+            self._rate.add(tokens, time.monotonic() - began)
+        return self._channel.reader.acquire(timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """Free the slot and the engine."""
+        self._channel.reader.close()
+        self._channel.writer.close()
+        self._engine.close()
+
+
+def check_lease(lease: Lease, tokens: TokenBatch) -> None:
+    """Raise RuntimeError unless the slot holds the features of exactly these tokens."""
+    expected: tuple[Cursor, int] = (tokens.cursor, tokens.digest)
+    if (lease.cursor, lease.digest) != expected:
+        raise RuntimeError(
+            f"the engine sent features of {lease.cursor} (digest {lease.digest:016x}), "
+            f"but {tokens.cursor} (digest {tokens.digest:016x}) is next"
+        )

@@ -1,0 +1,121 @@
+"""One rank's life, from joining the job to its last word."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+from colospec import log as logs
+from colospec.config import Mode, RunConfig
+from colospec.ring.channel import Reader, Writer
+from colospec.topology import Role, Topology
+from colospec.train.job import Job, Start
+from colospec.train.produce import AlternateSource, load_engine, produce
+from colospec.train.provenance import plain, write_provenance
+from colospec.train.trainer import Trainer
+from colospec.world import World, open_world
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
+    """Join the job and play this rank's role until the run ends."""
+    with open_world(topology, run.limit) as world:
+        directory = Path(world.from_rank0("run_dir", str(run_dir.resolve())))
+        logs.setup(directory, world.place.rank)
+        world.agree("configuration", repr(plain(run)))
+        if world.place.gpu is not None:
+            torch.cuda.set_device(world.device)
+        _announce(run, topology, directory, world)
+        world.watchdog.before_abort = lambda: _remove_half_checkpoints(directory, world)
+        world.phase("load", run.limit.load_s)
+        job = Job.load(
+            run, num_trainers=topology.num_trainers, progress=world.place.local_rank == 0
+        )
+        world.agree("plan", job.plan.digest)
+        world.join_role()
+        if world.place.role is Role.ENGINE:
+            _be_engine(job, world)
+        else:
+            _be_trainer(job, world, directory)
+
+
+def _be_engine(job: Job, world: World) -> None:
+    engine = load_engine(job, world)
+    start = Start(**world.store.get_json("start", timeout_s=world.limit.load_s))
+    world.phase("attach", world.limit.load_s)
+    run, pair = job.run, str(world.place.role_rank)
+    sink = Writer(
+        world.store,
+        pair,
+        job.spec,
+        max_tokens=run.data.token_budget,
+        max_sequences=run.data.max_sequences,
+        num_slots=run.ring.num_slots,
+        plan_digest=job.plan.digest,
+        timeout_s=world.limit.load_s,
+    )
+    world.phase("capture", world.limit.step_s)
+    try:
+        produce(job, world, engine, sink, start)
+    except Exception as error:
+        sink.fail(f"{world.place}: {type(error).__name__}: {error}")
+        raise
+    world.phase("drain", world.limit.checkpoint_s)
+    sink.close()
+    engine.close()
+
+
+def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
+    run = job.run
+    trainer = Trainer(job, world, run_dir)
+    start = trainer.resume()
+    if world.place.role_rank == 0:
+        world.store.set_json("start", vars(start))
+        write_provenance(run, run_dir, world_size=len(world.topology.places), plan=job.plan.digest)
+    world.phase("attach", world.limit.load_s)
+    if run.mode is Mode.alternate:
+        source = AlternateSource(job, world, load_engine(job, world), start)
+    else:
+        source = Reader(
+            world.store,
+            str(world.place.role_rank),
+            job.spec,
+            max_tokens=run.data.token_budget,
+            max_sequences=run.data.max_sequences,
+            num_slots=run.ring.num_slots,
+            plan_digest=job.plan.digest,
+            timeout_s=world.limit.load_s,
+            lease=run.ring.lease.value,
+        )
+    world.phase("train", world.limit.step_s)
+    trainer.finish(trainer.train(source))
+
+
+def _announce(run: RunConfig, topology: Topology, run_dir: Path, world: World) -> None:
+    log.debug("%s, pid is in the job's store", world.place)
+    if world.place.rank == 0:
+        engines = "an engine beside each" if run.mode is Mode.colocate else "engine in turn"
+        log.info(
+            "colospec: mode=%s, %d trainers (%s) on %s; run_dir=%s",
+            run.mode.value, topology.num_trainers, engines, world.device.type, run_dir,
+        )  # fmt: skip
+        for note in topology.notes:
+            log.info("%s", note)
+
+
+def _remove_half_checkpoints(run_dir: Path, world: World) -> None:
+    """Leave no unfinished checkpoint behind when the job dies; the last rank to go sees it.
+
+    Trainer 0 writes and renames checkpoints, so the others give it a moment to end first.
+    """
+    if world.place.role_rank != 0:
+        return
+    if world.place.role is Role.ENGINE:
+        time.sleep(1.0)
+    for directory in (run_dir / "checkpoint").glob("*.tmp"):
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,157 @@
+"""What a run says of itself: step times, rates, the console line, the bar, the trackers."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from colospec import log as console_log
+from colospec.batch import FeatureSource, TokenBatch
+from colospec.data.pack import Step
+from colospec.evaluate.simulate import simulated_acceptance_length
+from colospec.metrics import Tracker, open_trackers
+from colospec.train.job import Job
+from colospec.train.provenance import plain
+from colospec.world import World
+
+log = logging.getLogger(__name__)
+PARTS = ("wait", "forward", "backward", "optimizer")
+
+
+class StepTimes:
+    """Host seconds of a trainer's steps by part, and what they worked on, since the last report."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start a new window."""
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.num_steps = self.num_samples = self.num_tokens = self.num_loss_tokens = 0
+        self.began = self._last = time.monotonic()
+
+    def start(self, step: Step, batches: list[TokenBatch]) -> None:
+        """Begin a step: samples and supervised tokens are the whole step's, tokens this rank's."""
+        self.num_steps += 1
+        self.num_samples += sum(len(ids) for ids in step.bins)
+        self.num_loss_tokens += step.num_loss_tokens
+        self.num_tokens += sum(batch.num_tokens for batch in batches)
+        self._last = time.monotonic()
+
+    def mark(self, part: str) -> None:
+        """Count the time since the last mark for `part`."""
+        now = time.monotonic()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+class Reporter:
+    """Prints and stores metrics on trainer 0; silent on the others. A context manager."""
+
+    def __init__(self, job: Job, world: World, run_dir: Path, first_step: int) -> None:
+        self._job, self._world = job, world
+        self._total = job.total_steps
+        self._trackers: list[Tracker] = []
+        self._progress: Progress | None = None
+        self._first_step, self._began = first_step, time.monotonic()
+        if world.place.role_rank == 0:
+            run = job.run
+            tracker = run.tracker
+            self._trackers = open_trackers(
+                tracker.name.value, tracker.project, run_dir, plain(run), first_step=first_step
+            )
+            if console_log.is_terminal():
+                columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn())
+                self._progress = Progress(
+                    *columns, TimeRemainingColumn(), console=console_log.console
+                )
+                self._task = self._progress.add_task("train", total=self._total)
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def report(
+        self, step: int, values: dict[str, float], times: StepTimes, source: FeatureSource
+    ) -> dict[str, float]:
+        """Name the window's means, add rates, write them; return them (on every rank)."""
+        metrics = {f"train/{name}": value for name, value in values.items()}
+        accuracies = [v for k, v in sorted(values.items()) if k.startswith("acc_")]
+        metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(accuracies)
+        if self._world.place.role_rank == 0:
+            metrics |= self._rates(times, source)
+            for tracker in self._trackers:
+                tracker.log(step, metrics)
+            log.info("%s", self._line(step, metrics, accuracies))
+            if self._progress is not None:
+                self._progress.update(self._task, completed=step)
+        return metrics
+
+    def _rates(self, times: StepTimes, source: FeatureSource) -> dict[str, float]:
+        elapsed = max(time.monotonic() - times.began, 1e-9)
+        ranks = self._job.num_trainers
+        busy = max(sum(times.seconds.values()) - times.seconds["wait"], 1e-9)
+        rates = {
+            "perf/tokens_per_s": ranks * times.num_tokens / elapsed,
+            "perf/samples_per_s": times.num_samples / elapsed,
+            "perf/trainer_tokens_per_s": ranks * times.num_tokens / busy,
+            "perf/step_s": elapsed / max(times.num_steps, 1),
+            "perf/loss_tokens_per_step": times.num_loss_tokens / max(times.num_steps, 1),
+        }
+        for part, seconds in times.seconds.items():
+            rates[f"perf/{part}_s"] = seconds / max(times.num_steps, 1)
+        if (engines := self._engine_rate()) is not None:
+            rates["perf/engine_tokens_per_s"] = engines
+        if (fill := getattr(source, "fill", None)) is not None:
+            rates["perf/ring_full"] = float(fill)
+        if self._world.device.type == "cuda":
+            rates["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        return rates
+
+    def _engine_rate(self) -> float | None:
+        store = self._world.store
+        keys = [f"engine_rate/{rank}" for rank in range(self._job.num_trainers)]
+        rates = [float(value) for key in keys if (value := store.peek(key)) is not None]
+        return sum(rates) if rates else None
+
+    def _line(self, step: int, metrics: dict[str, float], accuracies: list[float]) -> str:
+        def tokens(name: str) -> str:
+            return f"{metrics[name] / 1000:.1f}k" if name in metrics else "-"
+
+        elapsed = time.monotonic() - self._began
+        done = max(step - self._first_step, 1)
+        eta = int(max(self._total - step, 0) * elapsed / done)
+        parts = [
+            f"step {step:5d}/{self._total}",
+            f"loss {metrics['train/loss']:.3f}",
+            "acc " + " ".join(f"{value:.2f}" for value in accuracies[:3]),
+            f"sim-accept {metrics['train/simulated_acceptance_length']:.2f}",
+            f"{tokens('perf/tokens_per_s')} tok/s",
+            f"engine {tokens('perf/engine_tokens_per_s')}",
+            f"trainer {tokens('perf/trainer_tokens_per_s')}",
+            f"wait {metrics['perf/wait_s']:.3f}s",
+        ]
+        if "perf/ring_full" in metrics:
+            slots = self._job.run.ring.num_slots
+            parts.append(f"ring {metrics['perf/ring_full']:.0f}/{slots}")
+        if "memory/reserved_gib" in metrics:
+            parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
+        return "  ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])

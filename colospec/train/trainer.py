@@ -1,0 +1,266 @@
+"""The trainer's side of a run: learn the draft from the features, step by step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from colospec.batch import FeatureBatch, FeatureSource
+from colospec.checkpoint.dcp import Checkpointer
+from colospec.checkpoint.export import export_draft, load_weights
+from colospec.checkpoint.rng import capture_rng, restore_rng
+from colospec.data.pack import Step
+from colospec.draft import registry
+from colospec.draft.registry import StepContext
+from colospec.metrics import Sums
+from colospec.train.fsdp import compute_dtype, shard
+from colospec.train.job import Job, Start
+from colospec.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
+from colospec.train.produce import check_lease
+from colospec.train.provenance import plain
+from colospec.train.report import Reporter, StepTimes
+from colospec.train.same_run import check_same_run
+from colospec.world import World
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One trainer rank: draft, optimizer, checkpoints and reports.
+
+    Life: construct, `resume`, `train`, `finish`. Every call is made by all trainer ranks.
+    """
+
+    def __init__(self, job: Job, world: World, run_dir: Path) -> None:
+        self.job, self.world, self.run_dir = job, world, run_dir
+        run, place = job.run, world.place
+        torch.manual_seed(run.seed)
+        draft = registry.build(run.draft, job.target, token_counts=job.dataset.token_counts)
+        draft.load_target(job.target, weights=run.target.weights)
+        if run.trainer.init_from is not None:
+            load_weights(draft, Path(run.trainer.init_from))
+        self.draft: nn.Module = draft.to(world.device)
+        dtype = compute_dtype(run.trainer.dtype, world.device)
+        self.model = shard(self.draft, world_size=place.role_size, dtype=dtype)
+        self.optimizer = build_optimizer(self.draft, run.trainer)
+        self.generator = torch.Generator(world.device)
+        self.generator.manual_seed(run.seed * 1_000_003 + place.role_rank)
+        # The thread that writes checkpoints needs a group that no training collective uses.
+        group = dist.new_group(backend="gloo")
+        self.checkpointer = Checkpointer(
+            run_dir / "checkpoint",
+            group=group,
+            rank=place.role_rank,
+            world_size=place.role_size,
+            keep=run.trainer.keep,
+            best_metric=run.trainer.best_metric,
+            limit_s=world.limit.checkpoint_s,
+        )
+        self.position = Start()
+        self.last_metrics: dict[str, float] = {}
+        self._bad_steps = torch.zeros((), device=world.device)
+
+    def resume(self) -> Start:
+        """Load the newest good checkpoint, if there is one, and return where to go on."""
+        found = self.checkpointer.choose(self.job.run.resume)
+        if found is None:
+            return self.position
+        model, optimizer = get_state_dict(self.draft, self.optimizer)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": self._rng()}
+        meta = self.checkpointer.load(found, state)
+        check_same_run(self.job.run, meta["run"], self.job.plan.digest, meta["plan"])
+        set_state_dict(
+            self.draft,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        restore_rng(state["rng"], self.generator, rank=self.world.place.role_rank)
+        self.position = Start(meta["epoch"], meta["micro_batch"], meta["step"])
+        log.info(
+            "resume: %s, %d steps done, next is epoch %d, micro-batch %d",
+            found, self.position.step, self.position.epoch, self.position.micro_batch,
+        )  # fmt: skip
+        return self.position
+
+    def train(self, source: FeatureSource) -> bool:
+        """Train until the plan ends (True) or somebody asks to stop (False)."""
+        run = self.job.run.trainer
+        reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
+        sums, times = Sums(), StepTimes()
+        stop = self._ask_to_stop()
+        finished = True
+        with reporter:
+            for step in self.job.steps(self.position):
+                if stop.wait_any():
+                    finished = False
+                    break
+                stop = self._ask_to_stop()
+                self._step(step, source, sums, times)
+                self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
+                self.world.watchdog.beat()
+                done = self.position.step
+                if done % run.log_interval == 0 or done == 1:
+                    self._report(sums, times, source, reporter)
+                if run.save_interval and done % run.save_interval == 0:
+                    self._save()
+            else:
+                stop.wait_any()
+            self._report(sums, times, source, reporter)
+        source.close()
+        return finished
+
+    def finish(self, finished: bool) -> None:
+        """Save where training stopped; after the plan's end export the draft and the result."""
+        self.world.phase("checkpoint", self.world.limit.checkpoint_s)
+        if self.checkpointer.newest_step() != self.position.step:
+            self._save()
+        self.checkpointer.wait()
+        if not finished:
+            log.warning(
+                "stopped after %d steps, checkpoint saved; go on with run_dir=%s",
+                self.position.step, self.run_dir,
+            )  # fmt: skip
+            return
+        self.world.phase("export", self.world.limit.checkpoint_s)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.draft, options=options)
+        if self.world.place.role_rank == 0:
+            directory = self.run_dir / "export"
+            export_draft(
+                state,
+                directory,
+                config=self.job.run.draft,
+                target=self.job.target,
+                facts=self._facts(),
+            )
+            log.info("draft exported to %s", directory)
+            self._write_result()
+
+    def _step(self, step: Step, source: FeatureSource, sums: Sums, times: StepTimes) -> None:
+        context = StepContext(
+            step=step.step,
+            total_steps=self.job.total_steps,
+            num_loss_tokens=step.num_loss_tokens,
+            generator=self.generator,
+        )
+        batches = list(self.job.micro_batches(step, self.world.place.role_rank))
+        times.start(step, batches)
+        for index, tokens in enumerate(batches):
+            self.model.set_requires_gradient_sync(index == len(batches) - 1)
+            lease = source.acquire(timeout_s=self.world.limit.step_s)
+            if lease is None:
+                raise RuntimeError(f"the engine ended before {tokens.cursor}")
+            times.mark("wait")
+            with lease:
+                check_lease(lease, tokens)
+                terms = self.draft(FeatureBatch(tokens, lease.features), context)
+                times.mark("forward")
+                terms.loss.backward()
+                times.mark("backward")
+            sums.add(terms.metrics)
+            del terms
+        self._update(step, sums)
+        times.mark("optimizer")
+
+    def _update(self, step: Step, sums: Sums) -> None:
+        """Clip and step; a step with NaN or Inf gradients is skipped, on all ranks alike."""
+        config = self.job.run.trainer
+        set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, config))
+        norm = clip_gradients(self.draft.parameters(), config.max_grad_norm)
+        bad = (~torch.isfinite(norm)).float()
+        self._bad_steps = (self._bad_steps + bad) * bad
+        if bad.item():
+            log.warning("step %d skipped: gradient norm %s", step.step, norm.item())
+            if self._bad_steps >= config.max_skipped_steps:
+                raise RuntimeError(
+                    f"gradients were not finite for {config.max_skipped_steps} steps in a row, up "
+                    f"to step {step.step}, samples {step.bins[0][:8]}...; lower trainer.lr or "
+                    "resume from an earlier checkpoint"
+                )
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        one = torch.ones((), device=norm.device)
+        sums.add_step({"grad_norm": (norm, one), "skipped": (bad, one)})
+
+    def _ask_to_stop(self) -> StopVote:
+        return StopVote(self.world.stop_requested)
+
+    def _report(
+        self, sums: Sums, times: StepTimes, source: FeatureSource, reporter: Reporter
+    ) -> None:
+        values = sums.fetch(reduce=dist.all_reduce)
+        if values:
+            self.last_metrics = reporter.report(self.position.step, values, times, source)
+            times.clear()
+
+    def _rng(self) -> dict[str, Tensor]:
+        return capture_rng(self.generator, rank=self.world.place.role_rank)
+
+    def _save(self) -> None:
+        model, optimizer = get_state_dict(self.draft, self.optimizer)
+        state = {"model": model, "optimizer": optimizer, "rng": self._rng()}
+        meta = {
+            "epoch": self.position.epoch,
+            "micro_batch": self.position.micro_batch,
+            "step": self.position.step,
+            "plan": self.job.plan.digest,
+            "run": plain(self.job.run),
+            "target": str(self.job.target.path.resolve()),
+            "facts": self._facts(),
+        }
+        self.checkpointer.save(self.position.step, state, meta, metrics=self.last_metrics)
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "steps": self.position.step,
+            "data_fingerprint": self.job.dataset.fingerprint,
+            "num_samples": len(self.job.dataset),
+            "metrics": self.last_metrics,
+        }
+
+    def _write_result(self) -> None:
+        result = {
+            "objective": self.last_metrics[self.job.run.trainer.best_metric],
+            "objective_name": self.job.run.trainer.best_metric,
+            "steps": self.position.step,
+            "metrics": self.last_metrics,
+        }
+        temporary = self.run_dir / "result.json.tmp"
+        temporary.write_text(json.dumps(result, indent=2) + "\n")
+        temporary.rename(self.run_dir / "result.json")
+
+
+class StopVote:
+    """Agreement of all trainers to stop before the same step.
+
+    The vote is started one step ahead and read one step later, so nobody waits for it.
+    """
+
+    def __init__(self, want: bool) -> None:
+        self._votes = torch.tensor([int(want)])
+        self._work = dist.all_reduce(self._votes, async_op=True)
+
+    def wait_any(self) -> bool:
+        """Return whether any trainer wants to stop."""
+        if self._work is not None:
+            self._work.wait()
+        return bool(self._votes.item())

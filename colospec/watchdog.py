@@ -1,0 +1,160 @@
+"""A thread in every rank that ends the job when any rank is in trouble.
+
+It looks at five things ten times a second: the first error of the job (a store key), the death of a
+rank on this node (pidfd), the death of torchrun, a request to stop, and how long this rank's own
+phase has lasted. A rank blocked in C, in a collective or on a dead peer cannot look for itself;
+without the watchdog only torchrun's SIGKILL would end it, half a minute later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import select
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from colospec.store import ERROR_KEY, STOP_KEY, JobStore
+from colospec.topology import Place
+
+PERIOD_S = 0.1
+log = logging.getLogger(__name__)
+
+
+class JobError(RuntimeError):
+    """The first error of the job, wherever it happened."""
+
+
+class Watchdog:
+    """Watches until `stop`. `beat` says that this rank makes progress; `phase` names its work."""
+
+    def __init__(self, store: JobStore, place: Place, local: tuple[Place, ...]) -> None:
+        self.stop_requested = threading.Event()
+        self.before_abort: Callable[[], None] = lambda: None
+        """Called once before the process ends because of a foreign error; it must be quick."""
+        self._store = store
+        self._place = place
+        self._local = {other.rank: other for other in local if other.rank != place.rank}
+        self._pidfds: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
+        self._parent = os.getppid()
+        self._phase = "start"
+        self._limit_s = float("inf")
+        self._since = time.monotonic()
+        self._stop_shared = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Publish this process and begin to watch."""
+        self._store.set(f"pid/{self._place.rank}", str(os.getpid()).encode())
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Say that this rank ends as it should, and watch no more."""
+        self._ended.set()
+        self._thread.join(timeout=5)
+        self._store.set(f"done/{self._place.rank}", b"1")
+        for fd in self._pidfds.values():
+            os.close(fd)
+        self._pidfds.clear()
+
+    def phase(self, name: str, limit_s: float) -> None:
+        """Begin a phase: without a `beat` within `limit_s` seconds the job ends with an error."""
+        self._phase, self._limit_s = name, limit_s
+        self.beat()
+        log.debug("phase %s", name)
+
+    def beat(self) -> None:
+        """Note progress inside the phase."""
+        self._since = time.monotonic()
+
+    def record(self, error: str) -> str:
+        """Make `error` the job's first error unless there is one; return the first one."""
+        text = json.dumps({"rank": self._place.rank, "error": error})
+        first: dict[str, str] = json.loads(self._store.set_first(ERROR_KEY, text.encode()))
+        return first["error"]
+
+    def _watch(self) -> None:
+        while not self._ended.wait(PERIOD_S):
+            try:
+                self._look()
+            except Exception as error:
+                if self._ended.is_set():
+                    return
+                self._abort(f"the store of torchrun is gone ({error}); torchrun has ended")
+
+    def _look(self) -> None:
+        if os.getppid() != self._parent:
+            self._abort(f"torchrun (pid {self._parent}) has died")
+        if (first := self._store.peek(ERROR_KEY)) is not None:
+            self._abort(json.loads(first)["error"])
+        self._share_stop_request()
+        self._find_local_ranks()
+        for rank in self._dead_ranks():
+            self._report_death(rank)
+        age = time.monotonic() - self._since
+        if age > self._limit_s:
+            self.record(
+                f"{self._place} made no progress in phase {self._phase} for {age:.0f} s "
+                f"(limit {self._limit_s:g} s, see limit.* settings)"
+            )
+
+    def _share_stop_request(self) -> None:
+        if self.stop_requested.is_set():
+            if not self._stop_shared:
+                self._store.set(STOP_KEY, b"1")
+                self._stop_shared = True
+        elif self._store.peek(STOP_KEY) is not None:
+            self.stop_requested.set()
+
+    def _find_local_ranks(self) -> None:
+        for rank in self._local.keys() - self._pids.keys():
+            if (pid := self._store.peek(f"pid/{rank}")) is not None:
+                self._pids[rank] = int(pid)
+                try:
+                    self._pidfds[rank] = os.pidfd_open(int(pid))
+                except ProcessLookupError:
+                    self._report_death(rank)
+
+    def _dead_ranks(self) -> list[int]:
+        poll = select.poll()
+        for fd in self._pidfds.values():
+            poll.register(fd, select.POLLIN)
+        dead = {fd for fd, _ in poll.poll(0)}
+        return [rank for rank, fd in self._pidfds.items() if fd in dead]
+
+    def _report_death(self, rank: int) -> None:
+        if (fd := self._pidfds.pop(rank, None)) is not None:
+            os.close(fd)
+        if self._store.peek(f"done/{rank}") is None:
+            phase = self._store.peek(f"phase/{rank}")
+            at = f" in phase {phase.decode()}" if phase else ""
+            self.record(
+                f"{self._local[rank]} died: pid {self._pids[rank]} ended without a word{at} "
+                "(killed, out of memory, or crashed in native code); see its log"
+            )
+
+    def _abort(self, root_cause: str) -> None:
+        """End this process at once: its main thread may be blocked where nothing reaches it."""
+        log.error("%s", root_cause)
+        with contextlib.suppress(Exception):
+            self.before_abort()
+        with contextlib.suppress(Exception):
+            faulthandler.dump_traceback(all_threads=True)
+        record_for_torchrun(root_cause)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def record_for_torchrun(root_cause: str) -> None:
+    """Leave the root cause where torchrun's closing summary finds it."""
+    with contextlib.suppress(Exception):
+        get_error_handler().record_exception(JobError(root_cause))

@@ -1,0 +1,151 @@
+"""The configuration: every choice composes, and every mistake names the setting and the fix."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from colospec import config
+from colospec.config import Eagle3Config, Mode
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra_app():
+    config.register()
+    OmegaConf.register_new_resolver("run_directory", lambda _: "outputs/test", replace=True)
+    OmegaConf.register_new_resolver("on_rank0", lambda ours, _: ours, replace=True)
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        yield
+
+
+def load(*words):
+    return config.load(compose("config", overrides=list(words)))
+
+
+def options(group):
+    return sorted(p.stem for p in (config.CONF_DIR / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "draft", "engine", "tracker"),
+    list(itertools.product(*map(options, ("mode", "draft", "engine", "tracker")))),
+)
+def test_every_combination_of_groups_composes(mode, draft, engine, tracker):
+    run = load(f"+mode={mode}", f"draft={draft}", f"engine={engine}", f"tracker={tracker}")
+    assert run.mode is Mode[mode]
+    assert run.engine.name.value == engine
+    assert isinstance(run.draft, Eagle3Config)
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_experiment_and_mode_give_the_same_run_in_both_orders(experiment):
+    first = load("+mode=colocate", f"+experiment={experiment}")
+    second = load(f"+experiment={experiment}", "+mode=colocate")
+    assert first == second
+    assert first != load("+mode=colocate"), "the experiment changes something"
+
+
+def test_the_command_line_wins_over_experiment_and_mode():
+    run = load("+experiment=demo", "+mode=colocate", "trainer.lr=0.125")
+    assert run.trainer.lr == 0.125
+
+
+def test_a_local_target_needs_no_group():
+    assert load("+mode=colocate", "target.path=/models/x").target.path == "/models/x"
+
+
+def test_missing_mode_lists_the_modes():
+    with pytest.raises(ValueError, match=r"\+mode=alternate or \+mode=colocate"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["data.token_budget=100"], "data.token_budget=100 is less than data.max_length=2048"),
+        (["trainer.min_lr=1"], "trainer.min_lr=1.0 is above"),
+        (["trainer.betas=[0.9]"], "two numbers"),
+        (["memory.trainer_fraction=0.8"], "above 1"),
+        (["trainer.dtype=float16"], "bfloat16 or float32"),
+        (["launch.nodes=2"], "launch.rdzv_endpoint"),
+        (["launch.nodes=2", "launch.rdzv_endpoint=a:1"], "run_dir"),
+        (["launch.gpus=many"], "auto or a number"),
+        (["draft.aux_layer_ids=[1,1]"], "distinct"),
+        (["draft.ttt_length=0"], "draft.ttt_length=0 must be at least 1"),
+        (["trainer.accumulation=0"], "trainer.accumulation=0 must be at least 1"),
+        (["trainer.warmup_fraction=2"], r"in \[0, 1\]"),
+        (["trainer.max_grad_norm=0"], "above 0"),
+        (["trainer.lr=nan"], "trainer.lr=nan"),
+        (["limit.step_s=0"], "limit.step_s=0.0 must be above 0"),
+    ],
+)
+def test_values_that_cannot_work_name_the_setting(words, says):
+    with pytest.raises(ValueError, match=says):
+        load("+mode=colocate", *words)
+
+
+def test_alternate_refuses_tensor_parallel_engines():
+    with pytest.raises(ValueError, match=r"engine.tp=2 does not work in mode=alternate"):
+        load("+mode=alternate", "engine.tp=2")
+
+
+def test_no_yaml_repeats_a_default_of_the_schema():
+    for group, default in (("trainer", config.TrainerConfig()), ("data", config.DataConfig())):
+        for name in options(group):
+            values = OmegaConf.to_container(
+                OmegaConf.load(config.CONF_DIR / group / f"{name}.yaml")
+            )
+            for key, value in (values or {}).items():
+                if key != "path":
+                    assert getattr(default, key) != value, f"{group}/{name}.yaml: {key}"
+
+
+def run_module(*words, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "colospec.run", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=env,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "+mode=colocate"),
+        (["+mode=colocat"], "colocate"),
+        (["mode=colocate"], "+mode=colocate"),
+        (["+mode=colocate", "trainer.lrr=1"], "Key 'lrr' not in 'TrainerConfig'"),
+        (["+mode=colocate", "trainer.lr=fast"], "could not be converted to Float"),
+        (["+mode=colocate", "trainer.schedule=step"], "[cosine, linear, constant, wsd]"),
+        (["+mode=colocate", "+mode=alternate"], "Multiple values for mode"),
+        (["+mode=colocate", "draft.algorithm=???"], "draft.algorithm has no value"),
+        (["+mode=colocate", "launch.gpus=2", "engine.tp=4", "dry_run=true"], "engine.tp to one of"),
+    ],
+)
+def test_wrong_command_lines_end_with_one_clear_error(words, says):
+    done = run_module(*words)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_the_commands_and_the_groups():
+    done = run_module("--help")
+    assert done.returncode == 0, done.stderr
+    for word in ("torchrun --nproc-per-node 8", "mode (+mode=...)", "experiment", "trainer:"):
+        assert word in done.stdout
+    for group in ("mode", "target", "draft", "data", "engine", "tracker", "experiment", "sweep"):
+        line = next(line for line in done.stdout.splitlines() if line.strip().startswith(group))
+        for option in options(group):
+            assert option in line
+
+
+def test_cfg_job_prints_the_settings():
+    done = run_module("+mode=colocate", "--cfg", "job")
+    assert done.returncode == 0, done.stderr
+    assert "mode: colocate" in done.stdout
