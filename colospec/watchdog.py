@@ -36,6 +36,8 @@ class Watchdog:
     """Watches until `stop`. `beat` says that this rank makes progress; `phase` names its work."""
 
     def __init__(self, store: JobStore, place: Place, local: tuple[Place, ...]) -> None:
+        self.signalled = threading.Event()
+        """Set by the signal handler of this rank."""
         self.stop_requested = threading.Event()
         self.before_abort: Callable[[], None] = lambda: None
         """Called once before the process ends because of a foreign error; it must be quick."""
@@ -48,7 +50,6 @@ class Watchdog:
         self._phase = "start"
         self._limit_s = float("inf")
         self._since = time.monotonic()
-        self._stop_shared = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -94,12 +95,13 @@ class Watchdog:
     def _look(self) -> None:
         if os.getppid() != self._parent:
             self._abort(f"torchrun (pid {self._parent}) has died")
-        if (first := self._store.peek(ERROR_KEY)) is not None:
-            self._abort(json.loads(first)["error"])
-        self._share_stop_request()
         self._find_local_ranks()
         for rank in self._dead_ranks():
             self._report_death(rank)
+        if (first := self._store.peek(ERROR_KEY)) is not None:
+            self._abort(json.loads(first)["error"])
+        if not self.stop_requested.is_set():
+            self._look_for_stop()
         age = time.monotonic() - self._since
         if age > self._limit_s:
             self.record(
@@ -107,12 +109,12 @@ class Watchdog:
                 f"(limit {self._limit_s:g} s, see limit.* settings)"
             )
 
-    def _share_stop_request(self) -> None:
-        if self.stop_requested.is_set():
-            if not self._stop_shared:
-                self._store.set(STOP_KEY, b"1")
-                self._stop_shared = True
-        elif self._store.peek(STOP_KEY) is not None:
+    def _look_for_stop(self) -> None:
+        """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
+        rank's death must not pass for a wish to stop. All ranks learn of it."""
+        if self.signalled.is_set():
+            self._store.set(STOP_KEY, b"1")
+        if self._store.peek(STOP_KEY) is not None:
             self.stop_requested.set()
 
     def _find_local_ranks(self) -> None:
@@ -156,5 +158,8 @@ class Watchdog:
 
 def record_for_torchrun(root_cause: str) -> None:
     """Leave the root cause where torchrun's closing summary finds it."""
-    with contextlib.suppress(Exception):
-        get_error_handler().record_exception(JobError(root_cause))
+    try:
+        raise JobError(root_cause)
+    except JobError as error:
+        with contextlib.suppress(Exception):
+            get_error_handler().record_exception(error)

@@ -86,10 +86,10 @@ class World:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         # Only a flag: torchrun repeats the signal, and the step in flight must finish.
-        if not self.stop_requested:
-            self.watchdog.stop_requested.set()
+        if not self.watchdog.signalled.is_set():
+            self.watchdog.signalled.set()
             name = signal.Signals(number).name
-            log.warning("%s: stopping at the next step, with a checkpoint", name)
+            log.info("%s: stopping at the next step, with a checkpoint", name)
 
 
 @contextmanager

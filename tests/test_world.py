@@ -49,7 +49,7 @@ def test_a_rank_that_comes_20_seconds_late_is_waited_for():
 def test_the_first_error_of_any_rank_ends_all_and_stands_in_the_last_lines(action, says):
     code, output, _ = run(command(4, RANK, action, "--blocked"), 90)
     assert code != 0
-    assert re.search(says, "\n".join(output.splitlines()[-25:])), output[-3000:]
+    assert re.search(says, "\n".join(output.splitlines()[-45:])), output[-3000:]
 
 
 def test_ranks_blocked_in_c_end_within_five_seconds_of_a_kill():
