@@ -75,6 +75,7 @@ class Trainer:
         )
         self.position = Start()
         self.last_metrics: dict[str, float] = {}
+        self._batch_sums, self._step_sums = Sums(), Sums()
         self._bad_steps = torch.zeros((), device=world.device)
 
     def resume(self) -> Start:
@@ -104,7 +105,7 @@ class Trainer:
         """Train until the plan ends (True) or somebody asks to stop (False)."""
         run = self.job.run.trainer
         reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
-        sums, times = Sums(), StepTimes()
+        times = StepTimes()
         stop = self._ask_to_stop()
         finished = True
         with reporter:
@@ -113,17 +114,17 @@ class Trainer:
                     finished = False
                     break
                 stop = self._ask_to_stop()
-                self._step(step, source, sums, times)
+                self._step(step, source, times)
                 self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
                 self.world.watchdog.beat()
                 done = self.position.step
                 if done % run.log_interval == 0 or done == 1:
-                    self._report(sums, times, source, reporter)
+                    self._report(times, source, reporter)
                 if run.save_interval and done % run.save_interval == 0:
                     self._save()
             else:
                 stop.wait_any()
-            self._report(sums, times, source, reporter)
+            self._report(times, source, reporter)
         source.close()
         return finished
 
@@ -154,7 +155,7 @@ class Trainer:
             log.info("draft exported to %s", directory)
             self._write_result()
 
-    def _step(self, step: Step, source: FeatureSource, sums: Sums, times: StepTimes) -> None:
+    def _step(self, step: Step, source: FeatureSource, times: StepTimes) -> None:
         context = StepContext(
             step=step.step,
             total_steps=self.job.total_steps,
@@ -175,12 +176,12 @@ class Trainer:
                 times.mark("forward")
                 terms.loss.backward()
                 times.mark("backward")
-            sums.add(terms.metrics)
+            self._batch_sums.add(terms.metrics)
             del terms
-        self._update(step, sums)
+        self._update(step)
         times.mark("optimizer")
 
-    def _update(self, step: Step, sums: Sums) -> None:
+    def _update(self, step: Step) -> None:
         """Clip and step; a step with NaN or Inf gradients is skipped, on all ranks alike."""
         config = self.job.run.trainer
         set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, config))
@@ -199,15 +200,14 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         one = torch.ones((), device=norm.device)
-        sums.add_step({"grad_norm": (norm, one), "skipped": (bad, one)})
+        self._step_sums.add({"grad_norm": (norm, one), "skipped": (bad, one)})
 
     def _ask_to_stop(self) -> StopVote:
         return StopVote(self.world.stop_requested)
 
-    def _report(
-        self, sums: Sums, times: StepTimes, source: FeatureSource, reporter: Reporter
-    ) -> None:
-        values = sums.fetch(reduce=dist.all_reduce)
+    def _report(self, times: StepTimes, source: FeatureSource, reporter: Reporter) -> None:
+        values = self._batch_sums.fetch(reduce=dist.all_reduce)
+        values |= self._step_sums.fetch(reduce=dist.all_reduce)
         if values:
             self.last_metrics = reporter.report(self.position.step, values, times, source)
             times.clear()

@@ -1,0 +1,1 @@
+"""Whole jobs, started as a user starts them, on the tiny target."""
