@@ -7,10 +7,12 @@ import logging
 import signal
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
+_stacks: list[TextIO] = []
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -47,10 +49,18 @@ def setup(run_dir: Path, rank: int) -> None:
     to_console(logging.INFO if rank == 0 else logging.ERROR)
     file = run_dir / "log" / f"rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(file)
+    stream = file.open("a", buffering=1)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
     logging.getLogger("colospec").addHandler(handler)
-    faulthandler.register(signal.SIGUSR1, file=handler.stream, all_threads=True)
+    faulthandler.enable(stream)
+    faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
+    _stacks.append(stream)
+
+
+def dump_stacks() -> None:
+    """Append the Python stacks of all threads to this rank's file (stderr before `setup`)."""
+    faulthandler.dump_traceback(_stacks[-1] if _stacks else sys.stderr, all_threads=True)
 
 
 def is_terminal() -> bool:

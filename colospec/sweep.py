@@ -20,8 +20,11 @@ class SweepSummary(Callback):
     def __init__(self) -> None:
         self._rows: list[tuple[str, float | None, str]] = []
 
-    def on_job_end(  # noqa: ARG002
-        self, config: DictConfig, job_return: JobReturn, **_kwargs: Any
+    def on_job_end(
+        self,
+        config: DictConfig,  # noqa: ARG002
+        job_return: JobReturn,
+        **_kwargs: Any,
     ) -> None:
         """Keep one job's overrides, objective and directory."""
         overrides = " ".join(job_return.overrides or ())

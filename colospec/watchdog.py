@@ -9,7 +9,6 @@ without the watchdog only torchrun's SIGKILL would end it, half a minute later.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import logging
 import os
@@ -18,9 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from colospec.log import dump_stacks
 from colospec.store import ERROR_KEY, STOP_KEY, JobStore
 from colospec.topology import Place
 
@@ -78,10 +79,15 @@ class Watchdog:
         self._since = time.monotonic()
 
     def record(self, error: str) -> str:
-        """Make `error` the job's first error unless there is one; return the first one."""
+        """Make `error` the job's first error unless there is one; return the first one.
+
+        Only the rank whose error is the first says so on the console.
+        """
         text = json.dumps({"rank": self._place.rank, "error": error})
-        first: dict[str, str] = json.loads(self._store.set_first(ERROR_KEY, text.encode()))
-        return first["error"]
+        first: dict[str, Any] = json.loads(self._store.set_first(ERROR_KEY, text.encode()))
+        if first == json.loads(text):
+            log.error("%s", error)
+        return str(first["error"])
 
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD_S):
@@ -90,10 +96,12 @@ class Watchdog:
             except Exception as error:
                 if self._ended.is_set():
                     return
+                log.error("the store of torchrun is gone: %s", error)
                 self._abort(f"the store of torchrun is gone ({error}); torchrun has ended")
 
     def _look(self) -> None:
         if os.getppid() != self._parent:
+            log.error("torchrun (pid %d) has died", self._parent)
             self._abort(f"torchrun (pid {self._parent}) has died")
         self._find_local_ranks()
         for rank in self._dead_ranks():
@@ -146,11 +154,11 @@ class Watchdog:
 
     def _abort(self, root_cause: str) -> None:
         """End this process at once: its main thread may be blocked where nothing reaches it."""
-        log.error("%s", root_cause)
+        log.debug("ended by: %s", root_cause)
         with contextlib.suppress(Exception):
             self.before_abort()
         with contextlib.suppress(Exception):
-            faulthandler.dump_traceback(all_threads=True)
+            dump_stacks()
         record_for_torchrun(root_cause)
         sys.stderr.flush()
         os._exit(1)

@@ -7,7 +7,6 @@ reach a rank of the other role.
 
 from __future__ import annotations
 
-import faulthandler
 import hashlib
 import logging
 import os
@@ -100,7 +99,6 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
     code 1; when another rank failed first, that error is reported instead.
     """
     place = topology.places[int(os.environ["RANK"])]
-    faulthandler.enable()
     world = World(topology, place, limit)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, world._on_signal)
@@ -110,7 +108,7 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
         yield world
     except BaseException as error:
         text = f"{place}: {type(error).__name__}: {error}"
-        log.error("%s", text, exc_info=error)
+        log.debug("%s", text, exc_info=error)
         _leave(world, text)
     else:
         world.phase("end", limit.start_s)
@@ -125,8 +123,7 @@ def _leave(world: World, error: str) -> None:
         first = world.watchdog.record(error)
     except Exception:
         first = error
-    if first != error:
-        log.error("first error of the job: %s", first)
+        log.error("%s", error)
     record_for_torchrun(first)
     logging.shutdown()
     os._exit(1)

@@ -61,7 +61,12 @@ def ttt_attention(
 class _TttAttention(Function):
     @staticmethod
     def forward(
-        ctx: Any, documents: Documents, query: Tensor, key: Tensor, value: Tensor, *diagonals: Tensor
+        ctx: Any,
+        documents: Documents,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *diagonals: Tensor,
     ) -> Tensor:
         out, lse, seeds = _flash_forward(query, key, value, documents)
         if diagonals:
@@ -71,7 +76,7 @@ class _TttAttention(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse, *rest = ctx.saved_tensors
         seeds, diagonals = rest[: ctx.num_seeds], rest[ctx.num_seeds :]
@@ -97,7 +102,8 @@ def _pairs(diagonals: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 def _grouped(states: Tensor, num_kv_heads: int) -> Tensor:
     """View [T, N, D] as [T, M, N / M, D]: query heads by the key-value head that they share."""
-    return states.unflatten(1, (num_kv_heads, states.shape[1] // num_kv_heads))
+    num_tokens, num_heads, size = states.shape
+    return states.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, size)
 
 
 def _scores(query: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +153,11 @@ def _flash_forward(
     lse = query.new_empty(query.shape[1], query.shape[0], dtype=dtype)
     for span in documents.spans:
         heads, norm = aten._scaled_dot_product_flash_attention_for_cpu(
-            *_by_head(span, query, key, value), 0.0, True
+            _own(query, span, key),
+            _shared(key, span, query),
+            _shared(value, span, query),
+            0.0,
+            True,
         )
         out[slice(*span)] = heads.permute(2, 0, 1, 3).flatten(1, 2)
         lse[:, slice(*span)] = norm.flatten(0, 1)
@@ -169,14 +179,16 @@ def _flash_backward(
         return _cuda_backward(grad, query, key, value, out, lse, seeds, documents)
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     for span in documents.spans:
-        grad_d, query_d, out_d, key_d, value_d = (
-            *_by_head(span, grad, key)[:1],
-            *_by_head(span, query, key)[:1],
-            *_by_head(span, out, key, value),
-        )
-        norm = lse[:, slice(*span)].unflatten(0, query_d.shape[:2]).contiguous()
+        norm = _own(lse.T.unsqueeze(-1), span, key).squeeze(-1).contiguous()
         parts = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_d, query_d, key_d, value_d, out_d, norm, 0.0, True
+            _own(grad, span, key),
+            _own(query, span, key),
+            _shared(key, span, query),
+            _shared(value, span, query),
+            _own(out, span, key),
+            norm,
+            0.0,
+            True,
         )
         grads[0][slice(*span)] = parts[0].permute(2, 0, 1, 3).flatten(1, 2)
         grads[1][slice(*span)] = parts[1].sum(1).transpose(0, 1)
@@ -184,16 +196,15 @@ def _flash_backward(
     return grads
 
 
-def _by_head(span: tuple[int, int], states: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
-    """View one document as [M, N / M, length, D]; `shared` [T, M, D] repeat without a copy."""
-    heads = shared[0].shape[1]
-    groups = states.shape[1] // heads
-    first = _grouped(states[slice(*span)], heads).permute(1, 2, 0, 3)
-    others = (
-        tensor[slice(*span)].transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
-        for tensor in shared
-    )
-    return first, *others
+def _own(states: Tensor, span: tuple[int, int], key: Tensor) -> Tensor:
+    """View one document of query-like `states` [T, N, D] as [M, N / M, length, D]."""
+    return _grouped(states[slice(*span)], key.shape[1]).permute(1, 2, 0, 3)
+
+
+def _shared(states: Tensor, span: tuple[int, int], query: Tensor) -> Tensor:
+    """View one document of key-like `states` [T, M, D] as [M, N / M, length, D], without a copy."""
+    groups = query.shape[1] // states.shape[1]
+    return states[slice(*span)].transpose(0, 1).unsqueeze(1).expand(-1, groups, -1, -1)
 
 
 def _cuda_forward(

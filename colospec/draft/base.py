@@ -21,7 +21,6 @@ from colospec.config import DraftConfig, Weights
 from colospec.target import Target
 
 
-
 @dataclass(frozen=True)
 class StepContext:
     """Where in the run a micro-batch stands.

@@ -43,7 +43,7 @@ def rotate(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first R dimensions of `states` [T, N, head_dim], halves paired as in Llama."""
     cos, sin = table
     half = cos.shape[-1]
-    first, second, rest = states.split([half, half, states.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = states.tensor_split([half, 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(states.dtype) for part in turned), rest], dim=-1)
 

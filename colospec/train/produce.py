@@ -78,7 +78,12 @@ class AlternateSource(FeatureSource):
 
     def __init__(self, job: Job, world: World, engine: Engine, start: Start) -> None:
         self._engine = engine
-        self._channel = LocalChannel(job.spec, max_tokens=job.run.data.token_budget, num_slots=1)
+        self._channel = LocalChannel(
+            job.spec,
+            max_tokens=job.run.data.token_budget,
+            lease=job.run.ring.lease.value,
+            device=world.device,
+        )
         self._rate = CaptureRate(world)
         self._batches = (
             tokens

@@ -8,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from colospec import log as console_log
-from colospec.batch import FeatureSource, TokenBatch
+from colospec.batch import FeatureSource
 from colospec.data.pack import Step
 from colospec.evaluate.simulate import simulated_acceptance_length
 from colospec.metrics import Tracker, open_trackers
@@ -25,9 +26,11 @@ PARTS = ("wait", "forward", "backward", "optimizer")
 
 
 class StepTimes:
-    """Host seconds of a trainer's steps by part, and what they worked on, since the last report."""
+    """Host seconds of one trainer's steps by part, and what all trainers' steps held, since the
+    last report. `lengths` [samples] are the samples' tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: np.ndarray) -> None:
+        self._lengths = lengths
         self.clear()
 
     def clear(self) -> None:
@@ -36,12 +39,13 @@ class StepTimes:
         self.num_steps = self.num_samples = self.num_tokens = self.num_loss_tokens = 0
         self.began = self._last = time.monotonic()
 
-    def start(self, step: Step, batches: list[TokenBatch]) -> None:
-        """Begin a step: samples and supervised tokens are the whole step's, tokens this rank's."""
+    def start(self, step: Step) -> None:
+        """Begin a step."""
+        ids = [sample for bin_ids in step.bins for sample in bin_ids]
         self.num_steps += 1
-        self.num_samples += sum(len(ids) for ids in step.bins)
+        self.num_samples += len(ids)
         self.num_loss_tokens += step.num_loss_tokens
-        self.num_tokens += sum(batch.num_tokens for batch in batches)
+        self.num_tokens += int(self._lengths[ids].sum())
         self._last = time.monotonic()
 
     def mark(self, part: str) -> None:
@@ -107,12 +111,11 @@ class Reporter:
 
     def _rates(self, times: StepTimes, source: FeatureSource) -> dict[str, float]:
         elapsed = max(time.monotonic() - times.began, 1e-9)
-        ranks = self._job.num_trainers
         busy = max(sum(times.seconds.values()) - times.seconds["wait"], 1e-9)
         rates = {
-            "perf/tokens_per_s": ranks * times.num_tokens / elapsed,
+            "perf/tokens_per_s": times.num_tokens / elapsed,
             "perf/samples_per_s": times.num_samples / elapsed,
-            "perf/trainer_tokens_per_s": ranks * times.num_tokens / busy,
+            "perf/trainer_tokens_per_s": times.num_tokens / busy,
             "perf/step_s": elapsed / max(times.num_steps, 1),
             "perf/loss_tokens_per_step": times.num_loss_tokens / max(times.num_steps, 1),
         }

@@ -23,7 +23,7 @@ from colospec.checkpoint.export import export_draft, load_weights
 from colospec.checkpoint.rng import capture_rng, restore_rng
 from colospec.data.pack import Step
 from colospec.draft import registry
-from colospec.draft.registry import StepContext
+from colospec.draft.base import StepContext
 from colospec.metrics import Sums
 from colospec.train.fsdp import compute_dtype, shard
 from colospec.train.job import Job, Start
@@ -52,8 +52,12 @@ class Trainer:
         self.job, self.world, self.run_dir = job, world, run_dir
         run, place = job.run, world.place
         torch.manual_seed(run.seed)
-        draft = registry.build(run.draft, job.target, token_counts=job.dataset.token_counts)
-        draft.load_target(job.target, weights=run.target.weights)
+        draft = registry.build(
+            run.draft,
+            job.target,
+            token_counts=job.dataset.token_counts,
+            weights=run.target.weights,
+        )
         if run.trainer.init_from is not None:
             load_weights(draft, Path(run.trainer.init_from))
         self.draft: nn.Module = draft.to(world.device)
@@ -105,7 +109,7 @@ class Trainer:
         """Train until the plan ends (True) or somebody asks to stop (False)."""
         run = self.job.run.trainer
         reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
-        times = StepTimes()
+        times = StepTimes(self.job.dataset.lengths)
         stop = self._ask_to_stop()
         finished = True
         with reporter:
@@ -163,7 +167,7 @@ class Trainer:
             generator=self.generator,
         )
         batches = list(self.job.micro_batches(step, self.world.place.role_rank))
-        times.start(step, batches)
+        times.start(step)
         for index, tokens in enumerate(batches):
             self.model.set_requires_gradient_sync(index == len(batches) - 1)
             lease = source.acquire(timeout_s=self.world.limit.step_s)

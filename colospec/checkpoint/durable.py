@@ -1,0 +1,67 @@
+"""Put a finished directory in place so that a crash leaves the old one or the new one, never half.
+
+Write everything into a sibling whose name ends in `.tmp`, then `publish` it. What a killed process
+leaves behind ends in `.tmp` too, and the next one removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+TEMPORARY = ".tmp"
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Sync all files of `temporary` to disk and give it the name `final`.
+
+    A directory that has this name is replaced, in one step where the file system can exchange
+    names, and then removed. Raises OSError.
+    """
+    for file in temporary.iterdir():
+        sync(file)
+    sync(temporary)
+    if not final.exists():
+        temporary.rename(final)
+        sync(final.parent)
+        return
+    if not _exchange(temporary, final):
+        old = final.with_name(f"{final.name}.old{TEMPORARY}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        temporary = old
+    sync(final.parent)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or the list of files of the directory, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names atomically; False where the system or the file system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done = libc.renameat2(
+        _AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE
+    )
+    return int(done) == 0
+
+
+def discard(directory: Path) -> None:
+    """Remove a directory; interrupted, it leaves only what ends in `.tmp`. Raises OSError."""
+    doomed = directory.with_name(f"{directory.name}.old{TEMPORARY}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    directory.rename(doomed)
+    shutil.rmtree(doomed)

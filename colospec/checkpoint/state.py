@@ -1,0 +1,117 @@
+"""What goes through torch.distributed.checkpoint: nested dicts of tensors, DTensors and scalars.
+
+`stage` makes the copy that a background thread may write while training goes on; `ExactLoadPlanner`
+loads only what fits key by key.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.tensor import DTensor
+
+RNG = "rng"
+
+
+def stage(value: Any) -> Any:
+    """Return a copy of nested dicts and lists with every tensor copied to the CPU."""
+    if isinstance(value, dict):
+        return {key: stage(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(stage(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return value
+
+
+def local_bytes(value: Any) -> int:
+    """Return the bytes of all tensors of a nested state, of a DTensor only this rank's shard."""
+    if isinstance(value, dict):
+        return sum(local_bytes(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(local_bytes(item) for item in value)
+    if isinstance(value, DTensor):
+        return value.to_local().nbytes
+    return value.nbytes if isinstance(value, Tensor) else 0
+
+
+class ExactLoadPlanner(DefaultLoadPlanner):
+    """Load only a checkpoint whose keys and shapes are those of the state.
+
+    torch's own planner ignores keys that the state lacks, so that a checkpoint of another draft
+    model would load in part. Random states are apart: every rank asks for its own alone.
+    """
+
+    def create_local_plan(self) -> LoadPlan:
+        """Plan this rank's reads. Raises ValueError listing what does not fit."""
+        assert self.metadata is not None
+        saved = self.metadata.state_dict_metadata
+        wanted = self.state_dict
+        faults = [f"{name} is not in the checkpoint" for name in wanted if name not in saved]
+        for name, facts in saved.items():
+            if name not in wanted:
+                if not name.startswith(f"{RNG}."):
+                    faults.append(f"{name} is only in the checkpoint")
+            elif isinstance(facts, TensorStorageMetadata):
+                shape = tuple(getattr(wanted[name], "shape", ()))
+                if shape != tuple(facts.size):
+                    faults.append(f"{name} has shape {tuple(facts.size)}, expected {shape}")
+        if faults:
+            more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise ValueError("; ".join(sorted(faults)[:8]) + more)
+        return super().create_local_plan()
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Return what torch.distributed.checkpoint wrote about the tensors in `path`."""
+    return dcp.FileSystemReader(path).read_metadata()
+
+
+def load_state(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Load the checkpoint into the tensors and dicts of `state` (all ranks of `group`).
+
+    state["rng"] loses the entries of ranks that the checkpoint does not have. Without a group one
+    process loads alone. Raises ValueError on every rank if the state does not fit.
+    """
+    saved = read_metadata(path).state_dict_metadata
+    for rank in list(state.get(RNG, {})):
+        if f"{RNG}.{rank}" not in saved:
+            del state[RNG][rank]
+    wanted = {key: value for key, value in state.items() if value}
+    try:
+        dcp.load(
+            wanted,
+            storage_reader=dcp.FileSystemReader(path),
+            planner=ExactLoadPlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
+    except dcp.CheckpointException as error:
+        raise ValueError(f"{path} does not fit this run: {first_failure(error)}") from error
+    state.update(wanted)
+
+
+def first_failure(error: dcp.CheckpointException) -> str:
+    """Return "rank r: what happened" of the lowest rank that failed."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """Load the tensors under "model" of a checkpoint, whole, in one process without a group."""
+    prefix = "model."
+    model = {
+        name.removeprefix(prefix): torch.empty(facts.size, dtype=facts.properties.dtype)
+        for name, facts in read_metadata(path).state_dict_metadata.items()
+        if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
+    }
+    dcp.load({"model": model}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    return model

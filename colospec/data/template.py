@@ -1,0 +1,202 @@
+"""Token-exact loss masks of chats: what the target itself would have generated, and nothing else.
+
+Of every assistant turn the answer and its end-of-turn token are supervised; the generation prompt
+before them and white space after them are not. Two ways to find the characters:
+
+* A template with `{% generation %}` blocks says it itself; its blocks are taken as they are.
+* Otherwise the conversation is rendered up to the turn, once with the generation prompt and once
+  with the turn. Where each rendering is a prefix of the next one and of the whole, what lies
+  between them is the turn. Where not, the turn has no exact mask, and none is made up.
+
+Templates of reasoning models rewrite history: they drop the reasoning of earlier turns. Such turns
+are not what the target generated, so that they cannot be supervised; the last turn can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from colospec.data.rows import Chat, Message, Reason, Rejected
+
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Span = tuple[int, int]
+Tools = list[dict[str, Any]] | None
+
+PROBE = Chat(
+    messages=[
+        {"role": "user", "content": "Which way?"},
+        {"role": "assistant", "content": "North, and then left."},
+    ],
+    tools=None,
+    last_turn_only=True,
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A chat as text; `spans` are the (start, end) characters that are supervised."""
+
+    text: str
+    spans: tuple[Span, ...]
+
+
+class ChatTemplate:
+    """The chat template of a fast Hugging Face tokenizer.
+
+    `last_turn_only` None decides per chat: only the last turn where the template rewrites an
+    earlier one, else all. A chat's own flag wins. Raises ValueError where the tokenizer has no chat
+    template, or one that cannot be masked exactly.
+    """
+
+    def __init__(self, tokenizer: Any, *, last_turn_only: bool | None) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"the tokenizer in {tokenizer.name_or_path} has no chat template, but the data has "
+                "chats: put the chat_template.jinja of the target's instruct version there, or "
+                "give rows with text"
+            )
+        self._tokenizer = tokenizer
+        self._last_turn_only = last_turn_only
+        self._special_tokens = tokenizer.special_tokens_map
+        added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        # Tokens such as Phi's <|end|> that take the white space after them along.
+        self._greedy_ids = [index for index, token in added.items() if token.rstrip]
+        self._check()
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Tokenise rendered chats, without adding special tokens, to `tokenizers.Encoding`s."""
+        backend = self._tokenizer.backend_tokenizer
+        # A byte-level post-processor may trim the white space off a token's characters.
+        backend.post_processor = None
+        return backend.encode_batch(texts, add_special_tokens=False)  # type: ignore[no-any-return]
+
+    def render(self, chat: Chat) -> Rendered:
+        """Render a chat and find the characters to supervise; raises Rejected."""
+        template = self._tokenizer.get_chat_template(tools=chat.tools)
+        is_marked = GENERATION_BLOCK.search(template) is not None
+        find_turns = self._find_marked_turns if is_marked else self._find_turns
+        only_last = chat.last_turn_only
+        if only_last is None:
+            only_last = self._last_turn_only
+        text, spans = find_turns(chat, bool(only_last))
+        if None not in spans:
+            return Rendered(text, tuple(span for span in spans if span is not None))
+        if spans[-1] is None or only_last is not None:
+            raise Rejected(Reason.no_exact_mask, _why_not_exact(spans))
+        return Rendered(text, (spans[-1],))
+
+    def mask(self, encoding: Any, rendered: Rendered) -> NDArray[np.bool_]:
+        """Return which tokens [T] of an encoded chat are supervised; raises Rejected.
+
+        A token is supervised where its first character is. One that lies across a border (a
+        tokenizer may merge the prompt's last characters with the answer's first) has no exact mask.
+        """
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
+        starts, ends = offsets[0::2], offsets[1::2]
+        mask = np.zeros(len(starts), np.bool_)
+        for start, end in rendered.spans:
+            mask |= (starts >= start) & (starts < end)
+            across = (starts < start) & (ends > start)
+            across_end = (starts < end) & (ends > end)
+            if across_end.any() and rendered.text[end : ends[across_end].max()].isspace():
+                across_end &= ~np.isin(encoding.ids, self._greedy_ids)
+            across |= across_end
+            if across.any():
+                first = int(across.argmax())
+                token = rendered.text[starts[first] : ends[first]]
+                raise Rejected(
+                    Reason.no_exact_mask, f"the token {token!r} is half in and half out of a turn"
+                )
+        return mask
+
+    def _check(self) -> None:
+        """Raise ValueError if not even the simplest chat has an exact mask."""
+        try:
+            rendered = self.render(PROBE)
+            self.mask(self.encode([rendered.text])[0], rendered)
+        except Rejected as rejected:
+            # Another reason may be special to the probe, say a template that demands a system turn.
+            if rejected.reason is Reason.no_exact_mask:
+                raise ValueError(
+                    f"the chat template in {self._tokenizer.name_or_path} cannot be masked "
+                    f"exactly: {rejected.detail}; put {{% generation %}} ... {{% endgeneration %}} "
+                    "around the answer in it"
+                ) from None
+
+    def _find_turns(self, chat: Chat, only_last: bool) -> tuple[str, list[Span | None]]:
+        """Return the text and the span of each assistant turn, None where it is not exact."""
+        messages = chat.messages
+        whole = self._render(messages, chat.tools)[0]
+        spans: list[Span | None] = []
+        for turn in _assistant_turns(messages, only_last):
+            prompt = self._render(messages[:turn], chat.tools, generation_prompt=True)[0]
+            is_last = turn == len(messages) - 1
+            done = whole if is_last else self._render(messages[: turn + 1], chat.tools)[0]
+            is_exact = done.startswith(prompt) and whole.startswith(done)
+            end = max(len(done.rstrip()), len(prompt))
+            spans.append((len(prompt), end) if is_exact else None)
+        return whole, spans
+
+    def _find_marked_turns(self, chat: Chat, only_last: bool) -> tuple[str, list[Span | None]]:
+        """Do the same by the generation blocks; a turn is exact if it once was the last one."""
+        messages = chat.messages
+        whole, blocks = self._render(messages, chat.tools, blocks=True)
+        turns = _assistant_turns(messages, False)
+        if len(blocks) != len(turns):
+            raise Rejected(
+                Reason.no_exact_mask,
+                f"the template made {len(blocks)} generation blocks of {len(turns)} turns",
+            )
+        if only_last:
+            return whole, [blocks[-1]]
+        spans: list[Span | None] = []
+        for turn, (start, end) in zip(turns[:-1], blocks[:-1], strict=True):
+            done, ending = self._render(messages[: turn + 1], chat.tools, blocks=True)
+            is_exact = bool(ending) and done[slice(*ending[-1])] == whole[start:end]
+            spans.append((start, end) if is_exact else None)
+        return whole, [*spans, blocks[-1]]
+
+    def _render(
+        self,
+        messages: list[Message],
+        tools: Tools,
+        *,
+        generation_prompt: bool = False,
+        blocks: bool = False,
+    ) -> tuple[str, list[Span]]:
+        """Return the text, and the spans of its generation blocks if asked for; raises Rejected."""
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=self._tokenizer.get_chat_template(tools=tools),
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=blocks,
+                **self._special_tokens,
+            )
+        except Exception as error:  # a template is a program: a row may make it raise anything
+            detail = f"the chat template refuses it: {type(error).__name__}: {error}"
+            raise Rejected(Reason.wrong_roles, detail) from None
+        return texts[0], spans[0] if blocks else []
+
+
+def _assistant_turns(messages: list[Message], only_last: bool) -> list[int]:
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return turns[-1:] if only_last else turns
+
+
+def _why_not_exact(spans: list[Span | None]) -> str:
+    if spans[-1] is None:
+        return "the template's generation prompt is not how it begins an answer"
+    return (
+        "the template rewrites earlier turns (it drops their reasoning); "
+        "set data.last_turn_only=null, or true"
+    )

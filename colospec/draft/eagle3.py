@@ -1,0 +1,226 @@
+"""EAGLE-3 (arXiv 2503.01840): one decoder layer that continues the target's hidden states.
+
+The draft reads the target's aux hidden states where they exist, and its own output afterwards.
+Training-time test (TTT) trains it on its own output: the layer is unrolled `ttt_length` times, each
+step one token further. Parameters have the names of public checkpoints.
+
+Shape letters: T tokens, A aux layers, H target hidden size, D draft hidden size (equal to H), V and
+W target and draft vocabulary, P supervised positions of all K steps.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colospec.batch import FeatureBatch, FeatureSpec, TokenBatch
+from colospec.config import DraftConfig, Eagle3Config
+from colospec.draft.alignment import Unroll, to_device, unroll
+from colospec.draft.attention import Documents, ttt_attention
+from colospec.draft.base import DraftModel, LossTerms, StepContext
+from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm
+from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
+from colospec.draft.rope import Rope
+from colospec.draft.vocab import build_vocab_mapping
+from colospec.target import Target
+
+
+class Eagle3(DraftModel):
+    """The draft, its loss, and its decoding.
+
+    Buffers `t2d` [V] bool and `d2t` [W] int64 exist only with a pruned vocabulary (see `vocab`).
+    """
+
+    d2t: Tensor | None
+
+    def __init__(
+        self, config: Eagle3Config, target: Target, *, mapping: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        size, eps = target.hidden_size, float(target.hf_config.get("rms_norm_eps", 1e-6))
+        num_aux = len(aux_layer_ids(config, target))
+        self.rope = Rope(target)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
+        self.fc = nn.Linear(num_aux * size, size, bias=False)
+        self.midlayer = DraftLayer(
+            LayerShape(
+                hidden_size=size,
+                intermediate_size=config.intermediate_size or target.intermediate_size,
+                num_heads=target.num_attention_heads,
+                num_kv_heads=target.num_key_value_heads,
+                head_dim=target.head_dim,
+                eps=eps,
+            )
+        )
+        self.norm = RMSNorm(size, eps)
+        t2d, d2t = mapping or (None, None)
+        self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("d2t", d2t)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    @classmethod
+    def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
+        """Aux hidden states of `aux_layer_ids`, and the last hidden states for the teacher."""
+        assert isinstance(config, Eagle3Config)
+        return FeatureSpec(
+            aux_layer_ids=aux_layer_ids(config, target),
+            last_hidden_states=True,
+            hidden_size=target.hidden_size,
+            dtype=target.dtype,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
+    ) -> Self:
+        assert isinstance(config, Eagle3Config)
+        if config.draft_vocab_size is None or config.draft_vocab_size >= target.vocab_size:
+            return cls(config, target, mapping=None)
+        if token_counts is None or len(token_counts) != target.vocab_size:
+            found = "none" if token_counts is None else f"{len(token_counts)}"
+            raise ValueError(
+                f"draft.draft_vocab_size={config.draft_vocab_size} needs the count of each of the "
+                f"target's {target.vocab_size} tokens among the supervised ones, and got {found}; "
+                "count them in the data, or set draft.draft_vocab_size=null"
+            )
+        mapping = build_vocab_mapping(token_counts, config.draft_vocab_size)
+        return cls(config, target, mapping=mapping)
+
+    def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
+        """Unroll the draft over the micro-batch and compare every step with the target.
+
+        `batch.tokens` is on the CPU, `batch.features` on the model's device. Empty micro-batches,
+        and those without a supervised position, give zero gradients to all parameters.
+        """
+        config, last = self.config, batch.features.last_hidden_states
+        assert last is not None
+        rows = unroll(batch.tokens, ttt_length=config.ttt_length, alignment=config.alignment)
+        rows = rows.to(last.device)
+        states = self.unroll(batch, rows)
+        picked = torch.cat(states).index_select(0, _flat(rows, len(last)))
+        del states
+        sums = fused_loss(
+            picked if config.norm_output else self.norm(picked),
+            self.lm_head.weight,
+            teacher=Teacher(last, self.frozen_head, self.target_ids),
+            rows=rows,
+            settings=LossSettings(
+                kind=config.loss,
+                lk_eta=config.lk_eta,
+                step_weights=tuple(config.step_weight_decay**k for k in range(config.ttt_length)),
+                chunk_tokens=config.chunk_tokens,
+            ),
+        )
+        loss = sums.loss / max(1, context.num_loss_tokens)
+        return LossTerms(loss, _metrics(sums, rows, batch.tokens))
+
+    def unroll(self, batch: FeatureBatch, rows: Unroll) -> list[Tensor]:
+        """Return the hidden states [T, D] of each TTT step, as the next step reads them.
+
+        Rows past the end of a document mean nothing.
+        """
+        hidden = self.project(batch.features.aux_hidden_states)
+        borders = batch.tokens.cu_seqlens
+        documents = Documents(tuple(borders.tolist()), to_device(borders, hidden.device))
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        states: list[Tensor] = []
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys.append(key)
+            values.append(value)
+            return ttt_attention(query, keys, values, documents)
+
+        for step, input_ids in enumerate(rows.input_ids):
+            table = self.rope.table(rows.position_ids + step)
+            hidden = self._finish(self.midlayer(self._embed(input_ids), hidden, table, attend))
+            states.append(hidden)
+        return states
+
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        """Turn the target's aux hidden states [T, A * H] into the draft's first states [T, D]."""
+        aux = aux_hidden_states.to(self.fc.weight.dtype)
+        if self.config.fc_norm:
+            parts = aux.chunk(len(self.fc_norm), dim=-1)
+            aux = torch.cat([n(part) for n, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        return self.fc(aux)  # type: ignore[no-any-return]
+
+    def decode(
+        self, token_ids: Tensor, hidden: Tensor, position_ids: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Append n tokens to `cache` and return what the draft predicts after each.
+
+        token_ids [n]: token t + 1 beside hidden state t; hidden [n, D]: from `project` or an
+        earlier `decode`; position_ids [n]: t. Returns logits [n, W] (see `to_target_ids`) and the
+        hidden states [n, D] to feed back.
+        """
+        table = self.rope.table(position_ids)
+        out = self._finish(self.midlayer(self._embed(token_ids), hidden, table, cache.attend))
+        return self.lm_head(out if self.config.norm_output else self.norm(out)), out
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Translate draft tokens into target tokens, any shape."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    @property
+    def target_ids(self) -> Tensor | None:
+        """The target token of each draft token, [W] ascending; None for the whole vocabulary."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embedding).to(self.fc.weight.dtype)
+
+    def _finish(self, hidden: Tensor) -> Tensor:
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+
+def aux_layer_ids(config: Eagle3Config, target: Target) -> tuple[int, ...]:
+    """Return the aux layers, ascending, which is the order in which inference engines capture them.
+
+    The default is [1, L // 2 - 1, L - 4]. Where these are not distinct and ascending (L < 7), it is
+    up to three layers spread evenly from 0 to L - 2, the last layer only if there are too few.
+    Raises ValueError for layers that the target does not have.
+    """
+    num_layers = target.num_layers
+    if config.aux_layer_ids is not None:
+        if any(not 0 <= layer < num_layers for layer in config.aux_layer_ids):
+            raise ValueError(
+                f"draft.aux_layer_ids={list(config.aux_layer_ids)} names a layer outside the "
+                f"target's 0..{num_layers - 1}; null takes the default"
+            )
+        return tuple(sorted(config.aux_layer_ids))
+    default = (1, num_layers // 2 - 1, num_layers - 4)
+    if default[0] < default[1] < default[2]:
+        return default
+    last = min(max(num_layers - 2, 2), num_layers - 1)
+    return tuple(sorted({0, last // 2, last}))
+
+
+def _flat(rows: Unroll, num_tokens: int) -> Tensor:
+    """Return the supervised positions [P] as rows of the steps' states laid end to end."""
+    parts = torch.split(rows.positions, rows.sizes)
+    return torch.cat([part + step * num_tokens for step, part in enumerate(parts)])
+
+
+def _metrics(sums: LossSums, rows: Unroll, tokens: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name the sums; the loss counts like the training loss, per True entry of the loss mask."""
+
+    def count(number: int) -> Tensor:
+        return torch.full_like(sums.loss, float(number), requires_grad=False)
+
+    metrics = {"loss": (sums.loss.detach(), count(int(tokens.loss_mask.sum())))}
+    for step, size in enumerate(rows.sizes):
+        metrics[f"acc_{step}"] = (sums.correct[step], count(size))
+        metrics[f"acceptance_rate_{step}"] = (sums.acceptance[step], count(size))
+    return metrics

@@ -1,0 +1,287 @@
+"""Vocabulary head and loss of all TTT steps, chunk by chunk, gradients included.
+
+The logits of all positions would be the largest tensors of the training by far, so none of them
+outlives its chunk. A chunk is a run of teacher rows: the target's head is applied to it once, then
+every TTT step that has a position with one of these teachers is compared with the result.
+
+The forward pass computes the gradients too, and backward only scales them. That costs 6 D W
+operations for each supervised position of each step and 2 H (V + W) for each teacher row (2 H V
+without a pruned vocabulary). Recomputing in backward would add 2 D W and the whole target side
+again, to save the two buffers that we keep: [P, D] and the gradient of the head [W, D], which
+autograd would have to allocate anyhow.
+
+With teacher p and draft q over the draft's vocabulary, the loss of one position is
+
+    kl         -sum p log q: forward KL up to the teacher's entropy, which has no gradient
+    lk_alpha   -log a, with the acceptance rate a = sum min(p', q)       (arXiv 2602.23881)
+    lk_lambda  l kl + (1 - l) (1 - a), with l = exp(-lk_eta a) taken as a constant
+
+where p is normalised over the draft's vocabulary, and p' over the target's. Positions whose most
+likely token the draft cannot say have no loss.
+
+Shape letters: T tokens, Q teacher rows, P supervised positions of all K steps, C rows of a chunk,
+H target hidden size, D draft hidden size, V target vocabulary, W draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from colospec.config import Loss
+from colospec.draft.alignment import Unroll
+
+# Most elements of a [rows, vocabulary] tensor; about five of them live at a time. A GPU needs more
+# rows than a CPU to hide the traffic of the head's gradient.
+MAX_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+MIN_ACCEPTANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which loss, and the weight of each TTT step. `chunk_tokens` bounds the rows of a chunk."""
+
+    kind: Loss
+    lk_eta: float
+    step_weights: tuple[float, ...]
+    chunk_tokens: int
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The target's distributions, not yet computed.
+
+    last [T, H] post-norm hidden states; head [V, H]; target_ids [W] int64: the target token of each
+    draft token, ascending, or None where the draft has the whole vocabulary.
+    """
+
+    last: Tensor
+    head: Tensor
+    target_ids: Tensor | None
+
+
+class LossSums(NamedTuple):
+    """Sums over supervised positions, float32 (float64 for float64 inputs).
+
+    loss: scalar, the only one with a gradient, over all steps, weighted; correct [K]: positions
+    where the draft's most likely token is the target's; acceptance [K]: sum of min(p', q).
+    """
+
+    loss: Tensor
+    correct: Tensor
+    acceptance: Tensor
+
+
+def fused_loss(
+    hidden: Tensor, weight: Tensor, *, teacher: Teacher, rows: Unroll, settings: LossSettings
+) -> LossSums:
+    """Compare the draft with the target at all supervised positions.
+
+    hidden [P, D]: normed draft states in the order of `rows.positions`; weight [W, D]: the draft's
+    head. Backward may run once.
+    """
+    gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return LossSums(*_FusedLoss.apply(hidden, weight, teacher, rows, settings, gradients))  # type: ignore[no-untyped-call]
+
+
+class _FusedLoss(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        teacher: Teacher,
+        rows: Unroll,
+        settings: LossSettings,
+        gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=dtype)
+        correct = hidden.new_zeros(len(rows.counts), dtype=dtype)
+        acceptance = torch.zeros_like(correct)
+        if gradients:
+            grad_hidden = torch.empty_like(hidden)
+            grad_weight = torch.zeros_like(weight, dtype=dtype)
+        for start, end in _chunks(rows, settings, weight):
+            target = _target(teacher, rows.teacher_rows[start:end], dtype)
+            for step, span, slots in _steps(rows, start, end):
+                picked = target.select(slots)
+                states = hidden[slice(*span)]
+                terms = _compare(states, weight, picked, settings, gradients)
+                row_weight = settings.step_weights[step] * picked.kept
+                loss += (terms.loss * row_weight).sum()
+                correct[step] += (terms.token == picked.token).sum()
+                acceptance[step] += terms.acceptance.sum()
+                if terms.grad is not None:
+                    scale = (row_weight * terms.grad_scale).unsqueeze(-1)
+                    grad = terms.grad.to(weight.dtype)
+                    grad_hidden[slice(*span)] = (grad @ weight) * scale
+                    _add_product(grad_weight, grad, (states * scale).to(weight.dtype))
+                del terms, picked
+            del target
+        if gradients:
+            ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
+        ctx.mark_non_differentiable(correct, acceptance)
+        return loss, correct, acceptance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the loss keeps its gradients for one backward pass; call forward again"
+            )
+        # In place, as the gradient of the head may be gigabytes: hence only once.
+        grad_hidden, grad_weight = (buffer.mul_(grad) for buffer in ctx.gradients)
+        ctx.gradients = None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunks(rows: Unroll, settings: LossSettings, weight: Tensor) -> Iterator[tuple[int, int]]:
+    """Split the teacher rows so that a [chunk, W] tensor has at most MAX_ELEMENTS elements."""
+    num_rows = len(rows.teacher_rows)
+    limit = MAX_ELEMENTS[weight.device.type] // len(weight)
+    size = max(1, min(settings.chunk_tokens, limit))
+    for start in range(0, num_rows, size):
+        yield start, min(start + size, num_rows)
+
+
+def _steps(rows: Unroll, start: int, end: int) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
+    """For each step that uses teacher rows start..end: the step, its span of P, rows in the chunk.
+
+    Supervised positions of a step lie in the order of their teachers, so the span is contiguous.
+    """
+    first = 0
+    bounds = rows.counts[:, [start, end, -1]].tolist()
+    for step, (low, high, size) in enumerate(bounds):
+        span = (first + low, first + high)
+        if low < high:
+            yield step, span, rows.slots[slice(*span)] - start
+        first += size
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Teacher distributions of C rows.
+
+    probs [C, W], normalised over the draft's vocabulary; mass [C]: how much of the target's
+    distribution that is, None for all; token [C]: the target's most likely token, in target ids;
+    kept [C]: whether the draft can say it; target_ids as in Teacher.
+    """
+
+    probs: Tensor
+    mass: Tensor | None
+    token: Tensor
+    kept: Tensor
+    target_ids: Tensor | None
+
+    def select(self, slots: Tensor) -> _Target:
+        """Take some of the rows, ascending; all of them are not copied."""
+        if len(slots) == len(self.probs):
+            return self
+        return _Target(
+            self.probs[slots],
+            None if self.mass is None else self.mass[slots],
+            self.token[slots],
+            self.kept[slots],
+            self.target_ids,
+        )
+
+
+def _target(teacher: Teacher, rows: Tensor, dtype: torch.dtype) -> _Target:
+    """Apply the target's head to `rows` [C] of the last hidden states."""
+    head = teacher.head
+    last = teacher.last.index_select(0, rows).to(head.dtype)
+    if teacher.target_ids is None:
+        logits = (last @ head.T).to(dtype)
+        token = logits.argmax(-1)
+        return _Target(logits.softmax(-1), None, token, torch.ones_like(token, dtype=dtype), None)
+
+    ids = teacher.target_ids
+    block = max(1, MAX_ELEMENTS[head.device.type] // len(last))
+    norm, token = _scan_vocabulary(last, head, block, dtype)
+    logits = last.new_empty(len(last), len(ids), dtype=dtype)
+    for part, out in zip(torch.split(ids, block), torch.split(logits, block, dim=1), strict=True):
+        out.copy_(last @ head.index_select(0, part).T)
+    mass = (logits.logsumexp(-1) - norm).exp()
+    slot = torch.searchsorted(ids, token).clamp_(max=len(ids) - 1)
+    return _Target(logits.softmax(-1), mass, token, (ids[slot] == token).to(dtype), ids)
+
+
+def _scan_vocabulary(
+    last: Tensor, head: Tensor, block: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return log-sum-exp and argmax of the target's logits, `block` tokens at a time; [C] each."""
+    best = last.new_full((len(last),), -torch.inf, dtype=dtype)
+    norm, token = best.clone(), torch.zeros_like(best, dtype=torch.int64)
+    for first in range(0, len(head), block):
+        logits = (last @ head[first : first + block].T).to(dtype)
+        top, index = logits.max(-1)
+        token = torch.where(top > best, index + first, token)
+        best = torch.maximum(best, top)
+        norm = torch.logaddexp(norm, logits.logsumexp(-1))
+    return norm, token
+
+
+class _Terms(NamedTuple):
+    """Per row [R]: loss, acceptance, token (in target ids); with gradients also `grad` [R, W] and
+    `grad_scale` [R]: the gradient of the loss in the logits is their product."""
+
+    loss: Tensor
+    acceptance: Tensor
+    token: Tensor
+    grad: Tensor | None
+    grad_scale: Tensor
+
+
+def _compare(
+    states: Tensor, weight: Tensor, target: _Target, settings: LossSettings, gradients: bool
+) -> _Terms:
+    """Compare draft and target at R positions; `states` [R, D]."""
+    logits = (states @ weight.T).to(target.probs.dtype)
+    top, token = logits.max(-1)
+    probs = logits.softmax(-1)
+    # The largest probability is exp(top - logsumexp), so the norm needs no pass of its own.
+    norm = top - probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
+    cross_entropy = norm - torch.linalg.vecdot(target.probs, logits)
+    del logits
+    reference = target.probs if target.mass is None else target.probs * target.mass.unsqueeze(1)
+    overlap = torch.minimum(reference, probs)
+    acceptance = overlap.sum(-1)
+    if target.target_ids is not None:
+        token = target.target_ids[token]
+    ones = torch.ones_like(acceptance)
+    if settings.kind is Loss.kl:
+        grad = probs.sub_(target.probs) if gradients else None
+        return _Terms(cross_entropy, acceptance, token, grad, ones)
+
+    bounded = acceptance.clamp(min=MIN_ACCEPTANCE)
+    share = torch.exp(-settings.lk_eta * acceptance).unsqueeze(1)
+    alpha = settings.kind is Loss.lk_alpha
+    loss = -bounded.log() if alpha else torch.lerp(1 - acceptance, cross_entropy, share.squeeze(1))
+    if not gradients:
+        return _Terms(loss, acceptance, token, None, ones)
+    # The acceptance grows only with the probabilities that are below the target's.
+    below = torch.mul(probs, probs < reference, out=overlap)
+    grad = (probs * below.sum(-1, keepdim=True)).sub_(below)
+    if alpha:
+        scale = torch.where(acceptance > MIN_ACCEPTANCE, 1 / bounded, 0.0)
+        return _Terms(loss, acceptance, token, grad, scale)
+    return _Terms(loss, acceptance, token, grad.lerp_(probs.sub_(target.probs), share), ones)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left^T right to `total` [W, D], whose type may be wider than theirs."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+        return
+    block = max(1, MAX_ELEMENTS[total.device.type] // total.shape[1])
+    for part, columns in zip(
+        torch.split(total, block), torch.split(left, block, dim=1), strict=True
+    ):
+        part += columns.T @ right

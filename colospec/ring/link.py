@@ -1,0 +1,107 @@
+"""One attached side of a ring: C object, slots, the peer's pidfd; statuses become errors."""
+
+from __future__ import annotations
+
+import os
+
+from colospec import _ring
+from colospec.ring.errors import (
+    Closed,
+    Corrupt,
+    PeerDied,
+    PeerFailed,
+    RingError,
+    RingState,
+    RingTimeout,
+    SideState,
+)
+from colospec.ring.spec import Slot
+
+_ENGINE_PHASES = (
+    "absent", "working", "waiting for a free slot", "filling a slot", "ended", "failed", "closed",
+)  # fmt: skip
+_TRAINER_PHASES = (
+    "absent", "working", "waiting for features", "using a slot", "ended", "failed", "closed",
+)  # fmt: skip
+_AWAITED = {"engine": "published no features", "trainer": "released no slot"}
+
+
+class Link:
+    """What `Writer` and `Reader` share. `peer` is "engine" or "trainer"."""
+
+    def __init__(
+        self, ring: _ring.Ring, slots: list[Slot], *, pair: str, peer: str, pidfd: int
+    ) -> None:
+        self.slots = slots
+        self._ring: _ring.Ring | None = ring
+        self._pair = pair
+        self._peer = peer
+        self._num_slots = len(slots)
+        self._pidfd = pidfd
+        self._last_state: RingState | None = None
+        ring.watch(pidfd)
+
+    @property
+    def ring(self) -> _ring.Ring:
+        """The C object. Raises Closed after `close`."""
+        if self._ring is None:
+            raise Closed("this side has closed the ring", self._last_state)
+        return self._ring
+
+    @property
+    def is_open(self) -> bool:
+        return self._ring is not None
+
+    def acquire(self, timeout_s: float) -> tuple[int, object]:
+        """Wait for a slot; return (_ring.READY or _ring.END, detail), or raise what hinders."""
+        status, detail = self.ring.acquire(timeout_s)
+        if status == _ring.AGAIN:
+            raise RingTimeout(
+                f"the {self._peer} {_AWAITED[self._peer]} within {timeout_s:g} s", self.state()
+            )
+        if status in (_ring.READY, _ring.END):
+            return status, detail
+        raise self._error(status, detail)
+
+    def require(self, status: int) -> None:
+        """Raise unless a publication or a release has worked."""
+        if status != _ring.READY:
+            raise self._error(status, "this side's own counter, overwritten by something else")
+
+    def _error(self, status: int, detail: object) -> RingError:
+        state = self.state()
+        if status == _ring.CLOSED:
+            return Closed("the trainer has closed the ring and wants no more", state)
+        if status == _ring.DEAD:
+            return PeerDied(
+                f"the {self._peer}'s process has died; all that it published is delivered", state
+            )
+        if status == _ring.ERROR:
+            return PeerFailed(f"the {self._peer} failed", str(detail), state)
+        return Corrupt(f"the ring's shared memory is damaged: {detail}", state)
+
+    def state(self) -> RingState:
+        """Look at both sides; after `close`, what was seen last."""
+        if self._ring is None:
+            assert self._last_state is not None
+            return self._last_state
+        published, released, engine, trainer = self._ring.state()
+        return RingState(
+            self._pair, published, released, self._num_slots,
+            _side(engine, _ENGINE_PHASES), _side(trainer, _TRAINER_PHASES),
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Drop the slots and the pidfd; memory goes when no view is left. Idempotent."""
+        if self._ring is None:
+            return
+        self._last_state = self.state()
+        self._ring = None
+        self.slots = []
+        os.close(self._pidfd)
+
+
+def _side(raw: tuple[int, float, float], phases: tuple[str, ...]) -> SideState:
+    phase, age_s, wait_s = raw
+    name = phases[phase] if phase < len(phases) else f"in a damaged phase ({phase})"
+    return SideState(name, age_s, wait_s)

@@ -1,0 +1,162 @@
+"""The layout of a slot, and what both sides of a ring must agree on.
+
+T is the number of tokens of the micro-batch in the slot, at most `max_tokens`.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colospec import __version__, _ring
+from colospec.batch import Features, FeatureSpec, TensorSpec, TokenBatch
+
+# Codes of the control block (ABI 1): never renumber, only append.
+DTYPE_CODES = {
+    torch.float32: 1,
+    torch.float16: 2,
+    torch.bfloat16: 3,
+    torch.float64: 4,
+    torch.float8_e4m3fn: 5,
+    torch.float8_e5m2: 6,
+    torch.uint8: 7,
+    torch.int32: 8,
+    torch.int64: 9,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of a slot: [T, width] from byte `offset`, a multiple of 256."""
+
+    spec: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class SlotLayout:
+    """Where the tensors of a slot lie; every slot has room for `max_tokens` rows of each."""
+
+    rows: tuple[Row, ...]
+    max_tokens: int
+    slot_bytes: int
+
+    @classmethod
+    def plan(cls, spec: FeatureSpec, max_tokens: int) -> SlotLayout:
+        """Lay the tensors of `spec` end to end. Raises ValueError for a dtype without a code."""
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} must be at least 1; raise data.token_budget")
+        rows, offset = [], 0
+        for tensor in spec.tensors():
+            if tensor.dtype not in DTYPE_CODES:
+                known = ", ".join(dtype_name(dtype) for dtype in DTYPE_CODES)
+                raise ValueError(f"{tensor.name} is {tensor.dtype}; a ring carries {known}")
+            if tensor.width < 1:
+                raise ValueError(f"{tensor.name} has width {tensor.width}; it must be at least 1")
+            rows.append(Row(tensor, offset))
+            offset += _aligned(max_tokens * tensor.width * tensor.dtype.itemsize)
+        return cls(tuple(rows), max_tokens, offset)
+
+    def table(self) -> tuple[tuple[str, int, int, int, int], ...]:
+        """Return the rows in the form that `_ring.Ring` takes."""
+        return tuple(
+            (row.spec.name, DTYPE_CODES[row.spec.dtype], row.spec.dtype.itemsize, row.spec.width,
+             row.offset)
+            for row in self.rows
+        )  # fmt: skip
+
+    def slots(self, memory: mmap.mmap, num_slots: int) -> list[Slot]:
+        """View `memory` (num_slots * slot_bytes, host) as slots; the views keep it alive."""
+        flat = torch.frombuffer(memory, dtype=torch.uint8)
+        return [
+            Slot(self, flat[slot * self.slot_bytes : (slot + 1) * self.slot_bytes])
+            for slot in range(num_slots)
+        ]
+
+
+class Slot:
+    """The memory of one slot, `slot_bytes` of uint8 on any device, as tensors."""
+
+    def __init__(self, layout: SlotLayout, memory: Tensor) -> None:
+        self._memory = memory
+        self._tensors: dict[str, Tensor] = {}
+        for row in layout.rows:
+            shape = (layout.max_tokens, row.spec.width)
+            nbytes = shape[0] * shape[1] * row.spec.dtype.itemsize
+            rows = memory[row.offset : row.offset + nbytes].view(row.spec.dtype)
+            self._tensors[row.spec.name] = rows.view(shape)
+
+    def features(self, num_tokens: int) -> Features:
+        """View the first `num_tokens` rows of every tensor."""
+        last = self._tensors.get("last_hidden_states")
+        return Features(
+            self._tensors["aux_hidden_states"][:num_tokens],
+            None if last is None else last[:num_tokens],
+        )
+
+    def poison(self) -> None:
+        """Fill with 0xFF, which is NaN in every floating-point type and -1 in integers."""
+        self._memory.fill_(0xFF)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What one side expects of the ring. Both sides' must be equal before step 0."""
+
+    version: str
+    tensors: tuple[tuple[str, str, int], ...]
+    """Name, dtype and width of each tensor, in order."""
+    max_tokens: int
+    max_sequences: int
+    num_slots: int
+    plan_digest: str
+    gpu_uuid: str | None
+    boot_id: str
+
+    @classmethod
+    def of(
+        cls, spec: FeatureSpec, *, max_tokens: int, max_sequences: int, num_slots: int,
+        plan_digest: str, gpu_uuid: str | None, boot_id: str,
+    ) -> Agreement:  # fmt: skip
+        """Collect this side's expectation."""
+        rows = tuple((row.name, dtype_name(row.dtype), row.width) for row in spec.tensors())
+        return cls(
+            __version__, rows, max_tokens, max_sequences, num_slots, plan_digest, gpu_uuid, boot_id
+        )
+
+    def differences(self, other: Agreement) -> list[str]:
+        """Return the names of the fields in which the two differ."""
+        return [name for name in vars(self) if getattr(self, name) != getattr(other, name)]
+
+    def __str__(self) -> str:
+        table = ", ".join(f"{name} {dtype}[T, {width}]" for name, dtype, width in self.tensors)
+        return (
+            f"{table}; max_tokens {self.max_tokens}, max_sequences {self.max_sequences}, "
+            f"num_slots {self.num_slots}; plan {self.plan_digest}; GPU {self.gpu_uuid or 'none'}; "
+            f"boot {self.boot_id}; colospec {self.version}"
+        )
+
+
+def check_size(tokens: TokenBatch, max_tokens: int, max_sequences: int) -> None:
+    """Raise ValueError for a micro-batch that fits no slot."""
+    for name, value, limit, setting in (
+        ("tokens", tokens.num_tokens, max_tokens, "token_budget"),
+        ("sequences", tokens.num_sequences, max_sequences, "max_sequences"),
+    ):
+        if value > limit:
+            raise ValueError(
+                f"{tokens.cursor} has {value} {name}, but a slot holds {limit}; "
+                f"set data.{setting}={value}"
+            )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype's name without its module."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ring.ALIGNMENT) * _ring.ALIGNMENT

@@ -1,0 +1,101 @@
+"""The commands of the README, as typed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.start import job, losses
+from tests.torchrun import ENV, read_until, run, session_pids, started
+
+PYTHON = [sys.executable, "-m", "colospec.run"]
+
+
+@pytest.fixture(scope="module")
+def torchrun_on_path():
+    """The console script beside this python, as a user with an active venv types it."""
+    directory = Path(sys.executable).parent
+    return {**ENV, "PATH": f"{directory}:{os.environ['PATH']}"}
+
+
+def test_the_bare_command_works_on_any_machine(torchrun_on_path, tmp_path):
+    assert shutil.which("torchrun", path=torchrun_on_path["PATH"])
+    words = "torchrun --nproc-per-node 8 -m colospec.run +mode=colocate trainer.max_steps=2"
+    code, output, _ = run(words.split(), 280, env=torchrun_on_path, cwd=tmp_path)
+    assert code == 0, output[-4000:]
+    (result,) = tmp_path.glob("outputs/*/*/result.json")
+    assert json.loads(result.read_text())["steps"] == 2
+    assert (result.parent / "export" / "model.safetensors").is_file()
+    assert len(list((result.parent / "log").glob("rank*.log"))) == 8
+
+
+def test_plain_python_starts_the_same_job(tiny_job, tmp_path):
+    words = [*PYTHON, "+mode=colocate", *tiny_job, "trainer.max_steps=3", f"run_dir={tmp_path}/r"]
+    code, output, _ = run(words, 100, cwd=tmp_path)
+    assert code == 0, output[-4000:]
+    assert "launch: torchrun --standalone --nproc-per-node=2 -m colospec.run" in output
+    assert list(losses(tmp_path / "r")) == [1, 2, 3]
+    assert (tmp_path / "r" / ".hydra" / "config.yaml").is_file()
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["world_size"] == 2
+
+
+def test_a_sweep_runs_fresh_jobs_and_ends_with_a_table(tiny_job, tmp_path):
+    words = [w for w in tiny_job if not w.startswith("trainer.lr")]
+    words = [*PYTHON, "-m", "+mode=colocate", *words, "trainer.lr=1e-4,3e-3", "trainer.max_steps=3"]
+    code, output, _ = run(words, 150, cwd=tmp_path)
+    assert code == 0, output[-4000:]
+    (table,) = tmp_path.glob("outputs/*/*/sweep.json")
+    rows = json.loads(table.read_text())
+    rates = {float(re.search(r"trainer\.lr=(\S+)", row["overrides"])[1]) for row in rows}
+    assert rates == {1e-4, 3e-3}
+    assert all(row["objective"] > 0 for row in rows)
+    assert len(list(table.parent.glob("[01]/result.json"))) == 2
+
+
+def test_a_failing_job_does_not_end_the_sweep_but_its_exit_code(tiny_job, tmp_path):
+    words = [w for w in tiny_job if not w.startswith("trainer.lr=")]
+    words = [*PYTHON, "-m", "+mode=colocate", *words, "trainer.min_lr=2,0", "trainer.max_steps=2"]
+    code, output, _ = run(words, 100, cwd=tmp_path)
+    assert code != 0
+    assert "trainer.min_lr=2.0 is above" in output
+    (table,) = tmp_path.glob("outputs/*/*/sweep.json")
+    assert sorted(row["objective"] is None for row in json.loads(table.read_text())) == [
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("flag", ["-m", "--multirun", "+sweep=lr"])
+def test_a_sweep_inside_torchrun_stops_with_the_right_command(flag):
+    output = job(2, flag, "+mode=colocate", "trainer.lr=1e-4,3e-4", expect="error", timeout_s=60)
+    right = "python -m colospec.run -m"
+    assert output.count(right) == 1
+    assert "trainer.lr=1e-4,3e-4" in output
+
+
+def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
+    words = [*PYTHON, "+mode=colocate", *tiny_job, "launch.gpus=4", "dry_run=true"]
+    code, output, _ = run(words, 60, cwd=tmp_path)
+    assert code == 0, output
+    assert "8 ranks" in output
+    assert "cuda:3" in output
+    assert re.search(r"steps: \d+ of 4 trainers", output)
+    assert "ring: 3 slots x 512 tokens" in output
+
+
+def test_ctrl_c_on_the_launcher_leaves_no_rank(tiny_job, tmp_path):
+    words = [*PYTHON, "+mode=colocate", *tiny_job, "trainer.max_steps=5000",
+             f"run_dir={tmp_path}/r"]  # fmt: skip
+    with started(words, cwd=tmp_path) as process:
+        read_until(process, "step     3", 60)
+        os.killpg(process.pid, signal.SIGINT)
+        output, _ = process.communicate(timeout=40)
+        time.sleep(0.2)
+        assert not session_pids(process.pid)
+    assert "checkpoint saved" in output, output

@@ -1,0 +1,137 @@
+"""A run that was killed and started again is, to the last bit, the run that was not."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+from colospec.checkpoint.state import load_model
+from tests.jobs.start import job, losses
+from tests.torchrun import command, session_pids, started
+
+STEPS = 24
+WORDS = ["trainer.epochs=9", f"trainer.max_steps={STEPS}", "trainer.save_interval=4"]
+
+
+def weights(run_dir, step=STEPS):
+    return load_model(run_dir / "checkpoint" / f"step-{step:08d}")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_job, tmp_path_factory):
+    """A run over several epochs that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    job(2, "+mode=colocate", *tiny_job, *WORDS, f"run_dir={run_dir}")
+    return run_dir
+
+
+def same(run_dir, whole):
+    assert losses(run_dir) == losses(whole)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(run_dir)[name]), name
+
+
+def kill_after(words, wait, pick):
+    """Start a job, wait as told, SIGKILL the picked processes; all must be gone in 5 s."""
+    with started(words) as process:
+        wait(process)
+        pids = pick(process.pid)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=15)
+        deadline = time.monotonic() + 5
+        while session_pids(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not session_pids(process.pid)
+    return process.returncode
+
+
+def wait_for_line(path, text, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.is_file() and text in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{text!r} never came in {path}")
+
+
+@pytest.mark.parametrize("after_step", [5, 13])
+def test_everything_killed_at_once_and_started_again_gives_the_same_run(
+    whole, tiny_job, tmp_path, after_step
+):
+    run_dir = tmp_path / "run"
+    words = [*tiny_job, *WORDS, f"run_dir={run_dir}"]
+    line = f'"step": {after_step},'
+    code = kill_after(
+        command(2, "-m", "colospec.run", "+mode=colocate", *words),
+        lambda _: wait_for_line(run_dir / "metrics.jsonl", line),
+        session_pids,
+    )
+    assert code != 0
+    output = job(2, "+mode=colocate", *words)
+    assert "resume:" in output
+    same(run_dir, whole)
+
+
+def test_torchrun_restarts_and_resumes_by_itself(whole, tiny_job, tmp_path):
+    run_dir = tmp_path / "run"
+    words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *WORDS,
+                    f"run_dir={run_dir}")  # fmt: skip
+    words[words.index("--standalone") + 1 : 1] = []
+    words.insert(words.index("--standalone") + 1, "--max-restarts=1")
+    with started(words) as process:
+        wait_for_line(run_dir / "metrics.jsonl", '"step": 9,')
+        ranks = [pid for pid in session_pids(process.pid) if pid != process.pid]
+        os.kill(random.choice(ranks), signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    same(run_dir, whole)
+
+
+def test_a_run_goes_on_with_another_number_of_trainers_in_the_same_order(whole, tiny_job, tmp_path):
+    run_dir = tmp_path / "run"
+    words = [*tiny_job, "trainer.epochs=9", "trainer.save_interval=4", f"run_dir={run_dir}"]
+    job(2, "+mode=colocate", *words, "trainer.max_steps=8")
+    job(4, "+mode=colocate", *words, f"trainer.max_steps={STEPS // 2 + 4}")
+    # Two trainers take two micro-batches a step: loss of supervised tokens per step tells which.
+    before = losses(run_dir, "perf/loss_tokens_per_step")
+    reference = losses(whole, "perf/loss_tokens_per_step")
+    assert [before[s] for s in range(1, 9)] == [reference[s] for s in range(1, 9)]
+    pairs = [before[s] for s in range(9, 17)]
+    assert pairs == [reference[s] + reference[s + 1] for s in range(9, 25, 2)]
+
+
+def test_another_run_in_the_same_directory_is_refused_with_the_settings_that_differ(
+    whole, tiny_job
+):
+    before = sorted(p.name for p in (whole / "checkpoint").iterdir())
+    words = [*tiny_job, *WORDS, f"run_dir={whole}", "data.max_sequences=7", "draft.ttt_length=2"]
+    output = job(2, "+mode=colocate", *words, expect="error")
+    assert "data.max_sequences: 128 -> 7" in output
+    assert "draft.ttt_length: 3 -> 2" in output
+    assert sorted(p.name for p in (whole / "checkpoint").iterdir()) == before
+
+
+def test_resume_never_refuses_a_directory_that_has_a_run(whole, tiny_job):
+    words = [*tiny_job, *WORDS, f"run_dir={whole}", "resume=never"]
+    output = job(2, "+mode=colocate", *words, expect="error")
+    assert "resume=auto" in output
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_of_anything_change_nothing(whole, tiny_job, tmp_path):
+    run_dir = tmp_path / "run"
+    words = [*tiny_job, *WORDS, f"run_dir={run_dir}", "trainer.save_interval=1"]
+    start = command(2, "-m", "colospec.run", "+mode=colocate", *words)
+    for _ in range(20):
+        pause = random.uniform(4, 14)
+        kill_after(
+            start,
+            lambda _, pause=pause: time.sleep(pause),
+            lambda pid: random.choice([session_pids(pid), session_pids(pid)[-1:]]),
+        )
+    job(2, "+mode=colocate", *words)
+    same(run_dir, whole)
