@@ -25,7 +25,12 @@ from pathlib import Path
 from typing import Any
 
 # One server imports torch once, and each rank is a fork of it: 0.1 s instead of 3 s of CPU a rank.
-_PRELOAD = ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+_PRELOAD = [
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.configuration_llama",
+]
 
 
 class RankError(AssertionError):
@@ -33,12 +38,17 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 60.0,
+    backend: str = "gloo",
 ) -> list[Any]:
-    """Call `fn(rank, *args)` in `world_size` processes whose default group is gloo.
+    """Call `fn(rank, *args)` in `world_size` processes.
 
     Each rank has the caller's environment and working directory, one thread, and a
-    torch.distributed default group (torn down after `fn`). Raises RankError as said above.
+    torch.distributed default group of `backend`, torn down after `fn`. For CUDA tensors, use
+    "cpu:gloo,cuda:nccl". Raises RankError as said above.
     """
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -48,7 +58,7 @@ def run_ranks(
         try:
             for rank in range(world_size):
                 here, there = context.Pipe(duplex=False)
-                place = _Place(rank, world_size, directory, timeout_s)
+                place = _Place(rank, world_size, directory, timeout_s, backend)
                 process = context.Process(target=_be_rank, args=(place, there, fn, args))
                 process.start()
                 there.close()
@@ -64,10 +74,11 @@ def run_ranks(
 class _Place:
     """What a rank needs to know, taken from the parent: a fork of the server has neither."""
 
-    def __init__(self, rank: int, world_size: int, directory: Path, timeout_s: float) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(
+        self, rank: int, world_size: int, directory: Path, timeout_s: float, backend: str
+    ) -> None:
+        self.rank, self.world_size, self.backend = rank, world_size, backend
         self.directory, self.timeout_s = directory, timeout_s
-        self.parent = os.getpid()
         self.environment = dict(os.environ)
         self.cwd = Path.cwd()
 
@@ -132,7 +143,7 @@ def _be_rank(place: _Place, report: Connection, fn: Callable[..., Any], args: An
             faulthandler.enable(stacks)
             faulthandler.dump_traceback_later(place.timeout_s, file=stacks, exit=True)
             dist.init_process_group(
-                "gloo",
+                place.backend,
                 store=dist.FileStore(str(place.directory / "store"), place.world_size),
                 rank=place.rank,
                 world_size=place.world_size,

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,37 +35,42 @@ def command(num_ranks, *words, node=None, num_nodes=1, port=None):
 
 
 @contextmanager
-def started(words, **options):
-    """Start a command in a session of its own; kill all that is left of it at the end."""
+def started(words, env=None, **options):
+    """Start a command in a session of its own; kill all that is left of it at the end.
+
+    A mark in the environment finds its processes: torchrun gives every rank a session of its own.
+    """
+    mark = f"COLOSPEC_TEST_JOB={uuid.uuid4()}"
     process = subprocess.Popen(
         words,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**ENV, **options.pop("env", {})},
+        env={**ENV, **(env or {}), **dict([mark.split("=")])},
         **options,
     )
+    process.mark = mark.encode()
     try:
         yield process
     finally:
-        for pid in session_pids(process.pid):
+        for pid in pids_of(process):
             os.kill(pid, signal.SIGKILL)
         process.wait(10)
         process.stdout.close()
 
 
-def session_pids(session):
-    """All live processes of a session (torchrun's ranks have one process group each)."""
+def pids_of(process):
+    """All live processes that descend from one that `started` began, in order of their pids."""
     pids = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            marked = process.mark in environ.read_bytes().split(b"\0")
         except OSError:
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            pids.append(int(stat.parent.name))
-    return pids
+        if marked:  # a zombie's environment is empty
+            pids.append(int(environ.parent.name))
+    return sorted(pids)
 
 
 def run(words, timeout_s, **options):
@@ -74,9 +80,9 @@ def run(words, timeout_s, **options):
         output, _ = process.communicate(timeout=timeout_s)
         took = time.monotonic() - began
         deadline = time.monotonic() + 3
-        while session_pids(process.pid) and time.monotonic() < deadline:
+        while pids_of(process) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not session_pids(process.pid), "processes left behind"
+        assert not pids_of(process), "processes left behind"
     return process.returncode, output, took
 
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from colospec.checkpoint.durable import TEMPORARY, publish
 from colospec.checkpoint.manifest import (
@@ -41,7 +40,7 @@ from colospec.checkpoint.manifest import (
 )
 from colospec.checkpoint.peers import Peers
 from colospec.checkpoint.rotate import rotate
-from colospec.checkpoint.state import first_failure, load_state, local_bytes, stage
+from colospec.checkpoint.state import load_state, local_bytes, save_state, stage
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +69,7 @@ class _Report:
 class Checkpointer:
     """The checkpoints of one run: `choose`, `load`, then `save` again and again, last `wait`.
 
+    All ranks construct it and make every call together, from one thread.
     `group` is a gloo group of all trainers that nothing else uses, None in a job of one process.
     Kept are the newest `keep` checkpoints and the one with the best value of `best_metric`: the
     lowest, or the highest if the name ends in `_length`. `limit_s` bounds every wait for a save.
@@ -138,7 +138,8 @@ class Checkpointer:
         self.wait()
         meta = json.loads(json.dumps(meta))
         staged = stage(state)
-        self._current = _Save(step, staged, meta, dict(metrics), local_bytes(staged))
+        numbers = {name: float(value) for name, value in metrics.items()}
+        self._current = _Save(step, staged, meta, numbers, local_bytes(staged))
         self._newest_step = step
         self._thread = threading.Thread(
             target=self._write, args=(self._current,), name=f"checkpoint-{step}", daemon=True
@@ -200,15 +201,13 @@ class Checkpointer:
         rank, group = self._peers.rank, self._peers.group
         files, error = {}, None
         try:
-            writer = dcp.FileSystemWriter(temporary)
-            dcp.save(save.state, storage_writer=writer, process_group=group, no_dist=group is None)
-            mine = [
-                *temporary.glob(f"__{rank}_*"),
-                *([temporary / ".metadata"] if not rank else []),
-            ]
+            save_state(temporary, save.state, group)
+            mine = list(temporary.glob(f"__{rank}_*"))
+            if rank == 0:
+                mine.append(temporary / ".metadata")
             files = {file.name: FileFacts.of(file) for file in mine}
-        except dcp.CheckpointException as failure:
-            error = first_failure(failure)
+        except RuntimeError as failure:
+            error = str(failure)
         except OSError as failure:
             error = f"rank {rank}: {failure}"
         return _Report(error, save.num_bytes, files)

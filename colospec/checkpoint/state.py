@@ -6,6 +6,9 @@ loads only what fits key by key.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 RNG = "rng"
 
@@ -41,6 +46,19 @@ def local_bytes(value: Any) -> int:
     if isinstance(value, DTensor):
         return value.to_local().nbytes
     return value.nbytes if isinstance(value, Tensor) else 0
+
+
+class Writer(dcp.FileSystemWriter):
+    """Writes a rank's shards; a full disk is an OSError, which torch.save hides behind its own."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files. Raises OSError where the disk fails."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class ExactLoadPlanner(DefaultLoadPlanner):
@@ -70,6 +88,19 @@ class ExactLoadPlanner(DefaultLoadPlanner):
         return super().create_local_plan()
 
 
+def save_state(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+    """Write this rank's part of `state` into the directory `path` (all ranks of `group`).
+
+    Without a group one process writes all. Raises RuntimeError, on every rank, naming the rank that
+    failed and why.
+    """
+    try:
+        with _alone(group):
+            dcp.save(state, storage_writer=Writer(path), process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        raise RuntimeError(_first_failure(error)) from error
+
+
 def read_metadata(path: Path) -> Metadata:
     """Return what torch.distributed.checkpoint wrote about the tensors in `path`."""
     return dcp.FileSystemReader(path).read_metadata()
@@ -87,22 +118,17 @@ def load_state(path: Path, state: dict[str, Any], group: dist.ProcessGroup | Non
             del state[RNG][rank]
     wanted = {key: value for key, value in state.items() if value}
     try:
-        dcp.load(
-            wanted,
-            storage_reader=dcp.FileSystemReader(path),
-            planner=ExactLoadPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        with _alone(group):
+            dcp.load(
+                wanted,
+                storage_reader=dcp.FileSystemReader(path),
+                planner=ExactLoadPlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
     except dcp.CheckpointException as error:
-        raise ValueError(f"{path} does not fit this run: {first_failure(error)}") from error
+        raise ValueError(f"{path} does not fit this run: {_first_failure(error)}") from error
     state.update(wanted)
-
-
-def first_failure(error: dcp.CheckpointException) -> str:
-    """Return "rank r: what happened" of the lowest rank that failed."""
-    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def load_model(path: Path) -> dict[str, Tensor]:
@@ -113,5 +139,23 @@ def load_model(path: Path) -> dict[str, Tensor]:
         for name, facts in read_metadata(path).state_dict_metadata.items()
         if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
     }
-    dcp.load({"model": model}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    with _alone(None):
+        dcp.load({"model": model}, storage_reader=dcp.FileSystemReader(path), no_dist=True)
     return model
+
+
+def _first_failure(error: dcp.CheckpointException) -> str:
+    """Return "rank r: what happened" of the lowest rank that failed."""
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
+
+
+@contextmanager
+def _alone(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Without a group, silence the warning that there is none: one process is what we want."""
+    if group is not None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -115,7 +115,7 @@ static int wait_for(Ring *self, ring_check *check, double timeout_s) {
 
 static PyObject *describe_slot(const struct ring_end *end) {
     const struct ring_micro_batch *what = &end->header.what;
-    return Py_BuildValue("I(KKKKKK)", ring_slot_of(end, end->taken - 1), what->epoch,
+    return Py_BuildValue("(IKKKKKK)", ring_slot_of(end, end->taken - 1), what->epoch,
                          what->micro_batch, what->step, what->digest, what->num_tokens,
                          what->num_sequences);
 }
@@ -135,13 +135,21 @@ static PyObject *describe(const struct ring_end *end, enum ring_status status) {
     }
 }
 
+static int parse_timeout(PyObject *timeout, double *timeout_s) {
+    *timeout_s = PyFloat_AsDouble(timeout);
+    if (PyErr_Occurred())
+        return -1;
+    if (*timeout_s >= 0 && *timeout_s < 1e9)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "timeout_s=%R must be in [0, 1e9)", timeout);
+    return -1;
+}
+
 static PyObject *acquire(PyObject *object, PyObject *timeout) {
     Ring *self = (Ring *)object;
-    double timeout_s = PyFloat_AsDouble(timeout);
-    if (PyErr_Occurred())
+    double timeout_s;
+    if (parse_timeout(timeout, &timeout_s) < 0)
         return NULL;
-    if (!(timeout_s >= 0 && timeout_s < 1e9))
-        return PyErr_Format(PyExc_ValueError, "timeout_s=%R must be in [0, 1e9)", timeout);
     ring_set_phase(&self->end, RING_WAITING);
     int status = wait_for(self, self->end.is_writer ? ring_check_free : ring_check_full, timeout_s);
     if (status < 0)
@@ -152,10 +160,13 @@ static PyObject *acquire(PyObject *object, PyObject *timeout) {
 }
 
 static PyObject *wait_closed(PyObject *object, PyObject *timeout) {
-    double timeout_s = PyFloat_AsDouble(timeout);
-    if (PyErr_Occurred())
+    Ring *self = (Ring *)object;
+    double timeout_s;
+    if (parse_timeout(timeout, &timeout_s) < 0)
         return NULL;
-    int status = wait_for((Ring *)object, ring_check_closed, timeout_s);
+    if (!self->end.is_writer)
+        return PyErr_Format(PyExc_ValueError, "only a writer waits for the reader to close");
+    int status = wait_for(self, ring_check_closed, timeout_s);
     return status < 0 ? NULL : PyLong_FromLong(status);
 }
 

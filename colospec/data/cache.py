@@ -68,7 +68,7 @@ def fingerprint(
     """
     tokenizer_files = sorted(
         {file for glob in TOKENIZER_FILES for file in tokenizer_path.glob(glob) if file.is_file()}
-        | {file for file in tokenizer_path.glob("additional_chat_templates/*")}
+        | set(tokenizer_path.glob("additional_chat_templates/*"))
     )
     facts = {
         "parser": PARSER_VERSION,

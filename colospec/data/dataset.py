@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ REMEDIES = {
     Reason.nothing_supervised: "lower data.min_loss_tokens",
 }
 NUM_EXAMPLES = 3
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Dataset:
@@ -58,8 +60,8 @@ class Dataset:
         self.num_loss_tokens = np.fromfile(directory / "num_loss_tokens.bin", np.int64)
         self._offsets = np.fromfile(directory / "offsets.bin", np.int64)
         self.lengths: NDArray[np.int64] = np.diff(self._offsets)
-        self._tokens = _memory_map(directory / "tokens.bin", np.dtype(np.int32))
-        self._mask_bits = _memory_map(directory / "mask.bin", np.dtype(np.uint8))
+        self._tokens = _memory_map(directory / "tokens.bin", np.int32)
+        self._mask_bits = _memory_map(directory / "mask.bin", np.uint8)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -142,7 +144,7 @@ def prepare(
     return dataset
 
 
-def _memory_map(file: Path, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def _memory_map(file: Path, dtype: type[Scalar]) -> NDArray[Scalar]:
     """Map a file; an empty one cannot be mapped and is an empty array."""
     if file.stat().st_size == 0:
         return np.empty(0, dtype)

@@ -40,7 +40,7 @@ class Chunk:
     table: bytes | None = None
 
     def parsed(self) -> Iterator[tuple[int, Any]]:
-        """Yield (row number, parsed row, or Rejected where it is not JSON); blank lines are none."""
+        """Yield row numbers and parsed rows (Rejected for bad JSON); blank lines are no rows."""
         if self.lines is not None:
             for number, line in enumerate(self.lines, self.first_row):
                 if line.strip():

@@ -139,9 +139,16 @@ def _message(turn: Any) -> Message:
         message["content"] = turn["value"]
     if "content" not in message and "tool_calls" not in message:
         raise Rejected(Reason.bad_row, f"a message without content or value: {_show(turn)}")
-    if not isinstance(message.setdefault("content", ""), str | list):
-        raise Rejected(Reason.bad_row, f"content must be text, not {_show(message['content'])}")
-    return {"role": ROLES[name.lower()], **message}
+    return {**message, "role": ROLES[name.lower()], "content": _text(message.get("content", ""))}
+
+
+def _text(content: Any) -> str:
+    """Return a message's content; a list of text parts is joined (few templates know lists)."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise Rejected(Reason.bad_row, f"content must be text, not {_show(content)}")
+    return "".join(texts)
 
 
 def _check_roles(messages: list[Message]) -> list[Message]:

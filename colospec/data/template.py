@@ -42,10 +42,14 @@ PROBE = Chat(
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as text; `spans` are the (start, end) characters that are supervised."""
+    """A chat as text; `blocks` are its generation blocks, None if the template marks none.
 
+    A `Span` is the (start, end) of some characters.
+    """
+
+    chat: Chat
     text: str
-    spans: tuple[Span, ...]
+    blocks: list[Span] | None
 
 
 class ChatTemplate:
@@ -79,19 +83,33 @@ class ChatTemplate:
         return backend.encode_batch(texts, add_special_tokens=False)  # type: ignore[no-any-return]
 
     def render(self, chat: Chat) -> Rendered:
-        """Render a chat and find the characters to supervise; raises Rejected."""
+        """Render a whole chat; raises Rejected where the template refuses it."""
         template = self._tokenizer.get_chat_template(tools=chat.tools)
         is_marked = GENERATION_BLOCK.search(template) is not None
-        find_turns = self._find_marked_turns if is_marked else self._find_turns
-        only_last = chat.last_turn_only
+        text, blocks = self._render(chat.messages, chat.tools, blocks=is_marked)
+        return Rendered(chat, text, blocks if is_marked else None)
+
+    def spans(self, rendered: Rendered) -> list[Span]:
+        """Find the characters to supervise, in order; raises Rejected."""
+        only_last = rendered.chat.last_turn_only
         if only_last is None:
             only_last = self._last_turn_only
-        text, spans = find_turns(chat, bool(only_last))
-        if None not in spans:
-            return Rendered(text, tuple(span for span in spans if span is not None))
-        if spans[-1] is None or only_last is not None:
-            raise Rejected(Reason.no_exact_mask, _why_not_exact(spans))
-        return Rendered(text, (spans[-1],))
+        find = self._find_turns if rendered.blocks is None else self._find_marked_turns
+        *earlier, last = find(rendered, only_last=bool(only_last))
+        if last is None:
+            raise Rejected(
+                Reason.no_exact_mask, "the generation prompt is not how the answer begins"
+            )
+        exact = [span for span in earlier if span is not None]
+        if len(exact) == len(earlier):
+            return [*exact, last]
+        if only_last is None:
+            return [last]
+        raise Rejected(
+            Reason.no_exact_mask,
+            "the template rewrites earlier turns (it drops their reasoning); "
+            "set data.last_turn_only=null, or true",
+        )
 
     def mask(self, encoding: Any, rendered: Rendered) -> NDArray[np.bool_]:
         """Return which tokens [T] of an encoded chat are supervised; raises Rejected.
@@ -102,7 +120,7 @@ class ChatTemplate:
         offsets = np.fromiter(chain.from_iterable(encoding.offsets), np.int64)
         starts, ends = offsets[0::2], offsets[1::2]
         mask = np.zeros(len(starts), np.bool_)
-        for start, end in rendered.spans:
+        for start, end in self.spans(rendered):
             mask |= (starts >= start) & (starts < end)
             across = (starts < start) & (ends > start)
             across_end = (starts < end) & (ends > end)
@@ -131,38 +149,37 @@ class ChatTemplate:
                     "around the answer in it"
                 ) from None
 
-    def _find_turns(self, chat: Chat, only_last: bool) -> tuple[str, list[Span | None]]:
-        """Return the text and the span of each assistant turn, None where it is not exact."""
-        messages = chat.messages
-        whole = self._render(messages, chat.tools)[0]
+    def _find_turns(self, rendered: Rendered, *, only_last: bool) -> list[Span | None]:
+        """Return the span of each assistant turn, None where it is not exact."""
+        messages, tools = rendered.chat.messages, rendered.chat.tools
         spans: list[Span | None] = []
-        for turn in _assistant_turns(messages, only_last):
-            prompt = self._render(messages[:turn], chat.tools, generation_prompt=True)[0]
-            is_last = turn == len(messages) - 1
-            done = whole if is_last else self._render(messages[: turn + 1], chat.tools)[0]
-            is_exact = done.startswith(prompt) and whole.startswith(done)
+        for turn in _assistant_turns(messages)[-1 if only_last else 0 :]:
+            prompt = self._render(messages[:turn], tools, generation_prompt=True)[0]
+            done = rendered.text
+            if turn < len(messages) - 1:
+                done = self._render(messages[: turn + 1], tools)[0]
+            is_exact = done.startswith(prompt) and rendered.text.startswith(done)
             end = max(len(done.rstrip()), len(prompt))
             spans.append((len(prompt), end) if is_exact else None)
-        return whole, spans
+        return spans
 
-    def _find_marked_turns(self, chat: Chat, only_last: bool) -> tuple[str, list[Span | None]]:
-        """Do the same by the generation blocks; a turn is exact if it once was the last one."""
-        messages = chat.messages
-        whole, blocks = self._render(messages, chat.tools, blocks=True)
-        turns = _assistant_turns(messages, False)
-        if len(blocks) != len(turns):
+    def _find_marked_turns(self, rendered: Rendered, *, only_last: bool) -> list[Span | None]:
+        """Do the same by the blocks; a turn is exact if it was the same when it was the last."""
+        messages, tools, blocks = rendered.chat.messages, rendered.chat.tools, rendered.blocks
+        turns = _assistant_turns(messages)
+        if blocks is None or len(blocks) != len(turns):
             raise Rejected(
                 Reason.no_exact_mask,
-                f"the template made {len(blocks)} generation blocks of {len(turns)} turns",
+                f"the template made {len(blocks or [])} generation blocks of {len(turns)} turns",
             )
         if only_last:
-            return whole, [blocks[-1]]
+            return [blocks[-1]]
         spans: list[Span | None] = []
         for turn, (start, end) in zip(turns[:-1], blocks[:-1], strict=True):
-            done, ending = self._render(messages[: turn + 1], chat.tools, blocks=True)
-            is_exact = bool(ending) and done[slice(*ending[-1])] == whole[start:end]
+            done, ending = self._render(messages[: turn + 1], tools, blocks=True)
+            is_exact = bool(ending) and done[slice(*ending[-1])] == rendered.text[start:end]
             spans.append((start, end) if is_exact else None)
-        return whole, [*spans, blocks[-1]]
+        return [*spans, blocks[-1]]
 
     def _render(
         self,
@@ -188,15 +205,5 @@ class ChatTemplate:
         return texts[0], spans[0] if blocks else []
 
 
-def _assistant_turns(messages: list[Message], only_last: bool) -> list[int]:
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return turns[-1:] if only_last else turns
-
-
-def _why_not_exact(spans: list[Span | None]) -> str:
-    if spans[-1] is None:
-        return "the template's generation prompt is not how it begins an answer"
-    return (
-        "the template rewrites earlier turns (it drops their reasoning); "
-        "set data.last_turn_only=null, or true"
-    )
+def _assistant_turns(messages: list[Message]) -> list[int]:
+    return [index for index, message in enumerate(messages) if message["role"] == "assistant"]

@@ -217,7 +217,7 @@ def _errors(actual: Features, expected: Features) -> Iterator[float]:
     if actual.last_hidden_states is not None and expected.last_hidden_states is not None:
         pairs.append((actual.last_hidden_states, expected.last_hidden_states))
     for a, b in pairs:
-        documents_of = (torch.split(x.double(), PROBE_LENGTHS) for x in (a, b))
+        documents_of = (torch.split(x.double(), list(PROBE_LENGTHS)) for x in (a, b))
         for x, y in zip(*documents_of, strict=True):
             yield float((x - y).norm() / y.norm().clamp(min=1e-30))
 

@@ -150,7 +150,7 @@ def _one_by_one(
     sliding_window: int | None,
 ) -> Tensor:
     outs = []
-    parts = (torch.split(part, borders.lengths, dim=2) for part in (query, key, value))
+    parts = (torch.split(part, list(borders.lengths), dim=2) for part in (query, key, value))
     for q, k, v in zip(*parts, strict=True):
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:

@@ -74,10 +74,13 @@ class Writer:
 
     def acquire(self, tokens: TokenBatch, *, timeout_s: float) -> Features:
         """Wait for a free slot; return its views [T, width], to be filled before `publish`."""
+        self._link.require_open()
         if self._filling is not None:
             raise RuntimeError(
                 f"acquire of {tokens.cursor}: {self._filling.cursor} is not yet published"
             )
+        if self._has_ended:
+            raise RuntimeError(f"acquire of {tokens.cursor} after end or fail")
         check_size(tokens, *self._limits)
         _, slot = self._link.acquire(timeout_s)
         assert isinstance(slot, int)

@@ -89,7 +89,7 @@ class LeaseBook:
             features = _clone(features)
             self._scrub(slot)
             self._release(1)
-            return SlotLease(cursor, digest, features, lambda lease: None)
+            return SlotLease(cursor, digest, features, lambda _: None)
         lease = SlotLease(cursor, digest, features, self._give_back)
         self._held.append((lease, slot))
         return lease

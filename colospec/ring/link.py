@@ -48,6 +48,10 @@ class Link:
             raise Closed("this side has closed the ring", self._last_state)
         return self._ring
 
+    def require_open(self) -> None:
+        """Raise Closed after `close`."""
+        _ = self.ring
+
     @property
     def is_open(self) -> bool:
         return self._ring is not None

@@ -98,12 +98,14 @@ class LocalWriter:
     def acquire(self, tokens: TokenBatch, *, timeout_s: float) -> Features:
         """Return the views [T, width] of a free slot, to be filled before `publish`."""
         slots = self._slots
+        self._require_open()
         if self._filling is not None:
             raise RuntimeError(
                 f"acquire of {tokens.cursor}: {self._filling.cursor} is not yet published"
             )
+        if slots.has_ended:
+            raise RuntimeError(f"acquire of {tokens.cursor} after end or fail")
         check_size(tokens, *slots.limits)
-        self._require_open()
         if slots.is_closed:
             raise Closed("the trainer has closed the ring and wants no more", slots.state())
         if slots.published - slots.released == slots.num_slots:

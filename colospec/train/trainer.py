@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from colospec.batch import FeatureBatch, FeatureSource
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.export import export_draft, load_weights
-from colospec.checkpoint.rng import capture_rng, restore_rng
+from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
 from colospec.data.pack import Step
 from colospec.draft import registry
 from colospec.draft.base import StepContext
@@ -65,7 +65,7 @@ class Trainer:
         self.model = shard(self.draft, world_size=place.role_size, dtype=dtype)
         self.optimizer = build_optimizer(self.draft, run.trainer)
         self.generator = torch.Generator(world.device)
-        self.generator.manual_seed(run.seed * 1_000_003 + place.role_rank)
+        seed_rng(rank_seed(run.seed, place.role_rank, 0), self.generator)
         # The thread that writes checkpoints needs a group that no training collective uses.
         group = dist.new_group(backend="gloo")
         self.checkpointer = Checkpointer(
@@ -97,8 +97,15 @@ class Trainer:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        restore_rng(state["rng"], self.generator, rank=self.world.place.role_rank)
         self.position = Start(meta["epoch"], meta["micro_batch"], meta["step"])
+        self.last_metrics = meta["facts"]["metrics"]
+        restore_rng(
+            state["rng"],
+            self.generator,
+            rank=self.world.place.role_rank,
+            seed=self.job.run.seed,
+            step=self.position.step,
+        )
         log.info(
             "resume: %s, %d steps done, next is epoch %d, micro-batch %d",
             found, self.position.step, self.position.epoch, self.position.micro_batch,

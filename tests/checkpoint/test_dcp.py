@@ -27,6 +27,7 @@ def train_and_save(_rank, directory):
 
 def resume(rank, directory):
     run = Run(directory, seed=99)
+    run.optimizer.param_groups[0]["lr"] = 0.5
     found = run.checkpointer.choose("auto")
     meta, states = run.load(found)
     loaded = run.snapshot()

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -28,12 +29,13 @@ class Net(nn.Module):
 class Run:
     """One rank of a job: model, optimizer, generator and checkpoints."""
 
-    def __init__(self, directory, *, seed=0, keep=2, width=13, limit_s=60.0):
+    def __init__(self, directory, *, seed=0, keep=2, width=13, limit_s=60.0, device="cpu"):
         torch.manual_seed(seed)
-        self.model = fully_shard(Net(width))
+        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        self.model = fully_shard(Net(width).to(device), mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.rank = dist.get_rank()
-        self.generator = torch.Generator().manual_seed(seed * 1000 + self.rank)
+        self.rank, self.device = dist.get_rank(), device
+        self.generator = torch.Generator(device).manual_seed(seed * 1000 + self.rank)
         self.checkpointer = Checkpointer(
             directory,
             group=dist.new_group(backend="gloo"),
@@ -45,7 +47,11 @@ class Run:
         )
 
     def step(self):
-        loss = self.model(torch.randn(4, 7, generator=self.generator)).square().mean()
+        loss = (
+            self.model(torch.randn(4, 7, generator=self.generator, device=self.device))
+            .square()
+            .mean()
+        )
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -76,7 +82,10 @@ class Run:
         for name, state in optimizer["state"].items():
             named |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
         whole = {
-            name: (value.full_tensor() if isinstance(value, DTensor) else value).clone().numpy()
+            name: (value.full_tensor() if isinstance(value, DTensor) else value)
+            .cpu()
+            .clone()
+            .numpy()
             for name, value in named.items()
         }
         return whole, optimizer["param_groups"]

@@ -194,8 +194,7 @@ def hf_features(model, target, config, ids, mask):
     return FeatureBatch(tokens, Features(aux, out.last_hidden_state[0]))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
-@pytest.mark.parametrize("draft_vocab_size", [None, 60])
+@pytest.mark.parametrize(("family", "draft_vocab_size"), [("qwen3", None), ("llama", 60)])
 def test_overfits_one_document_of_a_real_target(tmp_path, family, draft_vocab_size):
     torch.manual_seed(0)
     settings = {
@@ -206,12 +205,14 @@ def test_overfits_one_document_of_a_real_target(tmp_path, family, draft_vocab_si
         "num_key_value_heads": 2,
         "vocab_size": 150,
         "max_position_embeddings": 128,
-        "initializer_range": 0.5,
+        "initializer_range": 0.2,
     }
     if family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**settings, head_dim=24, tie_word_embeddings=True))
     else:
         model = LlamaForCausalLM(LlamaConfig(**settings))
+    # A random target is nearly undecided between tokens; a larger norm sharpens it.
+    model.model.norm.weight.data *= 4
     target = hf_target(model.float().eval(), tmp_path)
     config = make_config(draft_vocab_size=draft_vocab_size, ttt_length=5)
     ids, mask = torch.randint(0, 150, (24,)), torch.arange(24) >= 8
@@ -219,15 +220,17 @@ def test_overfits_one_document_of_a_real_target(tmp_path, family, draft_vocab_si
     likely = model.lm_head(batch.features.last_hidden_states).argmax(-1)
     counts = torch.bincount(likely, minlength=150)
     draft = registry.build(config, target, token_counts=counts)
-    optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(draft.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=150)
 
     first = None
-    for _ in range(200):
+    for _ in range(150):
         optimizer.zero_grad()
         terms = draft(batch, context(int(mask.sum())))
         first = first or terms.metrics
         terms.loss.backward()
         optimizer.step()
+        schedule.step()
 
     for step in range(5):
         hits, count = (x.item() for x in terms.metrics[f"acc_{step}"])

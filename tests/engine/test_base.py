@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine import targets
 
 from colospec.batch import FeatureSpec
 from colospec.config import EngineConfig, EngineName, Weights
@@ -15,6 +14,7 @@ from colospec.engine import base
 from colospec.engine.base import Engine, EngineSettings, open_engine
 from colospec.engine.hf import HfEngine
 from colospec.target import Target
+from tests.engine import targets
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_absent_aux_layers_are_named(target: Target) -> None:
 
 
 def test_draft_of_another_target_is_refused(target: Target) -> None:
-    with pytest.raises(ValueError, match="width 64.*hidden_size=48"):
+    with pytest.raises(ValueError, match=r"width 64.*hidden_size=48"):
         start(target, EngineConfig(), hidden_size=64)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.start import files, job
-from tests.torchrun import command, session_pids, started
+from tests.torchrun import command, pids_of, started
 
 LONG = ["trainer.max_steps=5000", "trainer.save_interval=1"]
 
@@ -31,7 +31,7 @@ def wait_for(path, pattern, process, timeout_s=60):
 
 def rank_pid(process, rank):
     """The pid of a rank, from its environment."""
-    for pid in session_pids(process.pid):
+    for pid in pids_of(process):
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         if f"RANK={rank}".encode() in environ and b"LOCAL_RANK" in b"".join(environ):
             return pid
@@ -62,7 +62,7 @@ def test_a_killed_rank_ends_the_job_in_five_seconds(tiny_job, tmp_path, role, ph
         began = time.monotonic()
         output, _ = process.communicate(timeout=30)
         took = time.monotonic() - began
-        assert not session_pids(process.pid)
+        assert not pids_of(process)
     assert process.returncode != 0
     assert took < 5, output
     ending = "\n".join(output.splitlines()[-45:])
@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tiny_job, tmp_path):
     run_dir = tmp_path / "run"
     words = [*tiny_job, f"run_dir={run_dir}", "trainer.save_interval=2"]
     job(2, "+mode=colocate", *words, "trainer.max_steps=6")
-    newest = run_dir / "checkpoint" / "step-00000006"
+    newest = run_dir / "checkpoint" / "step-000006"
     shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 0x10

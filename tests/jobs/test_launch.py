@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.start import job, losses
-from tests.torchrun import ENV, read_until, run, session_pids, started
+from tests.torchrun import ENV, pids_of, read_until, run, started
 
 PYTHON = [sys.executable, "-m", "colospec.run"]
 
@@ -97,5 +97,5 @@ def test_ctrl_c_on_the_launcher_leaves_no_rank(tiny_job, tmp_path):
         os.killpg(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=40)
         time.sleep(0.2)
-        assert not session_pids(process.pid)
+        assert not pids_of(process)
     assert "checkpoint saved" in output, output

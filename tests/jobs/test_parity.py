@@ -22,7 +22,7 @@ def test_alternate_is_bit_equal_to_colocate_over_50_steps(colocate, tiny_job, tm
     assert losses(run_dir) == losses(colocate)
     assert losses(run_dir, "train/grad_norm") == losses(colocate, "train/grad_norm")
     assert len(losses(run_dir)) == 50
-    mine, theirs = (load_model(d / "checkpoint" / "step-00000050") for d in (run_dir, colocate))
+    mine, theirs = (load_model(d / "checkpoint" / "step-000050") for d in (run_dir, colocate))
     assert mine.keys() == theirs.keys()
     for name, weight in mine.items():
         assert torch.equal(weight, theirs[name]), name

@@ -10,14 +10,14 @@ import torch
 
 from colospec.checkpoint.state import load_model
 from tests.jobs.start import job, losses
-from tests.torchrun import command, session_pids, started
+from tests.torchrun import command, pids_of, started
 
 STEPS = 24
 WORDS = ["trainer.epochs=9", f"trainer.max_steps={STEPS}", "trainer.save_interval=4"]
 
 
 def weights(run_dir, step=STEPS):
-    return load_model(run_dir / "checkpoint" / f"step-{step:08d}")
+    return load_model(run_dir / "checkpoint" / f"step-{step:06d}")
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def kill_after(words, wait, pick):
     """Start a job, wait as told, SIGKILL the picked processes; all must be gone in 5 s."""
     with started(words) as process:
         wait(process)
-        pids = pick(process.pid)
+        pids = pick(process)
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=15)
         deadline = time.monotonic() + 5
-        while session_pids(process.pid) and time.monotonic() < deadline:
+        while pids_of(process) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert not session_pids(process.pid)
+        assert not pids_of(process)
     return process.returncode
 
 
@@ -68,7 +68,7 @@ def test_everything_killed_at_once_and_started_again_gives_the_same_run(
     code = kill_after(
         command(2, "-m", "colospec.run", "+mode=colocate", *words),
         lambda _: wait_for_line(run_dir / "metrics.jsonl", line),
-        session_pids,
+        pids_of,
     )
     assert code != 0
     output = job(2, "+mode=colocate", *words)
@@ -80,11 +80,10 @@ def test_torchrun_restarts_and_resumes_by_itself(whole, tiny_job, tmp_path):
     run_dir = tmp_path / "run"
     words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *WORDS,
                     f"run_dir={run_dir}")  # fmt: skip
-    words[words.index("--standalone") + 1 : 1] = []
     words.insert(words.index("--standalone") + 1, "--max-restarts=1")
     with started(words) as process:
         wait_for_line(run_dir / "metrics.jsonl", '"step": 9,')
-        ranks = [pid for pid in session_pids(process.pid) if pid != process.pid]
+        ranks = [pid for pid in pids_of(process) if pid != process.pid]
         os.kill(random.choice(ranks), signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
@@ -131,7 +130,7 @@ def test_twenty_random_kills_of_anything_change_nothing(whole, tiny_job, tmp_pat
         kill_after(
             start,
             lambda _, pause=pause: time.sleep(pause),
-            lambda pid: random.choice([session_pids(pid), session_pids(pid)[-1:]]),
+            lambda process: random.choice([pids_of(process), pids_of(process)[-1:]]),
         )
     job(2, "+mode=colocate", *words)
     same(run_dir, whole)

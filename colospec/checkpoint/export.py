@@ -1,0 +1,217 @@
+"""Export a draft as the Hugging Face directory that SGLang and vLLM load, and load one back.
+
+    python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR [--dtype bfloat16]
+
+An export is written beside its place, checked tensor by tensor, read back, compared bit by bit and
+renamed, so that OUT_DIR is a whole model at any time or not there. Only safetensors and JSON are
+read and written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from colospec.checkpoint.card import model_card
+from colospec.checkpoint.durable import TEMPORARY, publish
+from colospec.checkpoint.manifest import DamagedError, open_checkpoint
+from colospec.checkpoint.public import (
+    CONFIG,
+    FLOATS,
+    check_tensors,
+    check_values,
+    eagle3,
+    read_config,
+    tensor_shapes,
+    write_config,
+)
+from colospec.checkpoint.state import load_model
+from colospec.config import DraftConfig, Eagle3Config
+from colospec.draft import registry
+from colospec.target import Target
+
+WEIGHTS = "model.safetensors"
+_DTYPE_NAMES = {
+    "BOOL": "bool", "I64": "int64", "F32": "float32", "BF16": "bfloat16", "F16": "float16",
+}  # fmt: skip
+log = logging.getLogger(__name__)
+
+
+def export_draft(
+    state: dict[str, Tensor],
+    directory: Path,
+    *,
+    config: DraftConfig,
+    target: Target,
+    facts: dict[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write the draft with the weights `state` to `directory`, replacing an export there.
+
+    `state` is the whole state dict of the draft module (full tensors, any device); floating-point
+    tensors are written as `dtype`; `facts` (JSON) go on the model card. Raises ValueError if the
+    tensors are not those of the public format, RuntimeError if the disk fails.
+    """
+    draft = eagle3(config)
+    shapes = tensor_shapes(draft, target)
+    kinds = {name: (tuple(t.shape), str(t.dtype)[len("torch.") :]) for name, t in state.items()}
+    check_tensors(kinds, shapes, "the state to export")
+    tensors = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in state.items()
+    }
+    check_values(tensors, "the state to export")
+    if target.num_layers - 1 in registry.features(draft, target).aux_layer_ids:
+        log.warning(
+            "this draft reads the last layer of %s, which SGLang and vLLM do not capture; it can "
+            "be evaluated here but not served", target.path,
+        )  # fmt: skip
+    with _replacing(directory) as temporary:
+        contents = write_config(temporary, draft, target, dtype)
+        card = model_card(target.path.name, contents, facts)
+        (temporary / "README.md").write_text(card)
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        _compare(tensors, read_tensors(temporary / WEIGHTS, shapes))
+
+
+def load_draft(directory: Path, target: Target) -> nn.Module:
+    """Build the draft of an exported directory, on the CPU, in float32, with the target's weights.
+
+    Raises ValueError if it is not a draft for `target`, listing what differs.
+    """
+    config = read_config(directory, target)
+    # Placeholder counts: the file's own mapping overwrites the vocabulary chosen from them.
+    model = registry.build(config, target, token_counts=torch.zeros(target.vocab_size))
+    load_weights(model, directory)
+    return model
+
+
+def load_weights(draft: nn.Module, directory: Path) -> None:
+    """Overwrite the weights, and the vocabulary mapping, of `draft` by those of an export.
+
+    Raises ValueError if the file is damaged or its tensors are not those of `draft`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
+    draft.load_state_dict(read_tensors(directory / WEIGHTS, shapes))
+
+
+def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold just these tensors.
+
+    The header is checked before anything is allocated. Raises ValueError naming the file.
+    """
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            kinds = {
+                name: (tuple(part.get_shape()), _DTYPE_NAMES.get(code := part.get_dtype(), code))
+                for name, part in slices.items()
+            }
+            check_tensors(kinds, shapes, str(file))
+            tensors = {name: weights.get_tensor(name) for name in slices}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    check_values(tensors, str(file))
+    return tensors
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Path]:
+    """Give a temporary directory that takes the place of `directory` if the body succeeds."""
+    if directory.exists() and not _may_replace(directory):
+        raise ValueError(
+            f"{directory} exists and is not a draft that colospec exported, so it is not replaced; "
+            "choose another directory"
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f"{directory.name}{TEMPORARY}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        yield temporary
+        publish(temporary, directory)
+    except (OSError, SafetensorError) as error:
+        written = sum(file.stat().st_size for file in temporary.glob("*"))
+        free = shutil.disk_usage(directory.parent).free
+        raise RuntimeError(
+            f"the draft was not exported to {directory}: {error}. {written:,} bytes were written "
+            f"and {free:,} are free on that disk; free some space and export the checkpoint again: "
+            "python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _may_replace(directory: Path) -> bool:
+    if directory.is_dir() and not any(directory.iterdir()):
+        return True
+    try:
+        return "colospec" in json.loads((directory / CONFIG).read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _compare(written: dict[str, Tensor], read: dict[str, Tensor]) -> None:
+    for name, tensor in written.items():
+        if tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):
+            raise OSError(f"{name} reads back different from what was written")
+
+
+def _export_checkpoint(args: argparse.Namespace) -> None:
+    """Export a saved step, on one process, whatever the number of trainers was."""
+    try:
+        found = open_checkpoint(args.checkpoint)
+    except DamagedError as error:
+        raise ValueError(
+            f"{args.checkpoint} is not a whole checkpoint (name a directory like "
+            f"run_dir/checkpoint/step-000500): {error}"
+        ) from error
+    meta = found.manifest.meta
+    run = meta["run"]
+    target = Target.load(args.target or meta["target"], dtype=run["target"]["dtype"])
+    schema = OmegaConf.structured(Eagle3Config)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, run["draft"]))
+    assert isinstance(config, DraftConfig)
+    export_draft(
+        load_model(found.path),
+        args.directory,
+        config=config,
+        target=target,
+        facts={**meta.get("facts", {}), "step": found.step, "metrics": found.manifest.metrics},
+        dtype=getattr(torch, args.dtype),
+    )
+    log.info("step %d exported to %s", found.step, args.directory)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a wrong input ends it with one line and exit code 1."""
+    parser = argparse.ArgumentParser(
+        prog="python -m colospec.checkpoint.export",
+        description="Export a checkpoint as the directory that SGLang and vLLM load.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="run_dir/checkpoint/step-NNNNNN")
+    parser.add_argument("directory", type=Path, help="where to write the draft model")
+    parser.add_argument("--dtype", choices=FLOATS, default="bfloat16", help="of the weights")
+    parser.add_argument("--target", type=Path, help="the target model, if it has been moved")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _export_checkpoint(args)
+    except (ValueError, RuntimeError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,322 @@
+"""The demo: a small real target made on this machine, a draft for it, and what the draft gains.
+
+No download: the target is a Qwen3 of two million parameters, trained for about a minute on the one
+text that every machine with Python has, the sources of the standard library. It is built once and
+kept in the user's cache; any number of processes may ask for it at the same time.
+
+    python -m colospec.demo                       # target, data, training, report
+    python -m colospec.demo --report RUN_DIR      # the report of a finished run
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import random
+import shutil
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from colospec.log import console, is_terminal
+
+log = logging.getLogger(__name__)
+
+VOCAB_SIZE = 2048
+NUM_STEPS = 450
+MAX_SECONDS = 90.0
+BATCH_SIZE = 4
+WINDOW = 256
+LEARNING_RATE = 5e-3
+WARMUP_STEPS = 20
+RACE_STEPS = 3
+NUM_HELD_OUT_FILES = 40
+NUM_TOKENIZER_FILES = 200
+NUM_TRAIN_ROWS = 4000
+NUM_EVAL_ROWS = 64
+PIECE_CHARS = (300, 1000)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@dataclass(frozen=True)
+class DemoData:
+    """JSON Lines files of `text` rows; the evaluation rows come from files held out of training."""
+
+    train_path: Path
+    eval_path: Path
+
+
+def target_config() -> dict[str, Any]:
+    """Return the target's config.json, as known without building it."""
+    config: dict[str, Any] = _config().to_dict()
+    return config
+
+
+def target_directory(cache_dir: Path | str | None = None) -> Path:
+    """Return where the target is, or will be, for this version of the recipe and of Python."""
+    return _version_directory(cache_dir) / "target"
+
+
+def is_built(cache_dir: Path | str | None = None) -> bool:
+    """Tell whether `ensure_target` would return at once."""
+    return target_directory(cache_dir).is_dir()
+
+
+def ensure_target(cache_dir: Path | str | None = None, *, num_steps: int = NUM_STEPS) -> Path:
+    """Return the directory of the demo target, after building it if it is not there yet.
+
+    Processes that ask at the same time wait for the one that builds. Training stops after
+    `num_steps`, or MAX_SECONDS if the machine is too slow for that.
+    """
+    path = target_directory(cache_dir)
+
+    def build(directory: Path) -> None:
+        train, held_out = _sources()
+        tokenizer = _train_tokenizer(train[:NUM_TOKENIZER_FILES])
+        tokenizer.save_pretrained(directory)
+        model = _train(_encode(tokenizer, train), _encode(tokenizer, held_out), num_steps)
+        model.save_pretrained(directory)
+
+    _build_once(path, build, "the demo target (about a minute, once per machine)")
+    return path
+
+
+def ensure_data(cache_dir: Path | str | None = None) -> DemoData:
+    """Return the demo's data files, after writing them if they are not there yet."""
+    path = _version_directory(cache_dir) / "data"
+
+    def build(directory: Path) -> None:
+        train, held_out = _sources()
+        rng = random.Random(0)
+        _write_rows(directory / "train.jsonl", train, NUM_TRAIN_ROWS, rng)
+        _write_rows(directory / "eval.jsonl", held_out, NUM_EVAL_ROWS, rng)
+
+    _build_once(path, build, "the demo data")
+    return DemoData(path / "train.jsonl", path / "eval.jsonl")
+
+
+def _version_directory(cache_dir: Path | str | None) -> Path:
+    recipe = (
+        _config().to_json_string(use_diff=False),
+        (NUM_STEPS, BATCH_SIZE, WINDOW, LEARNING_RATE, CHAT_TEMPLATE, SPECIAL_TOKENS),
+        (NUM_HELD_OUT_FILES, NUM_TOKENIZER_FILES, NUM_TRAIN_ROWS, NUM_EVAL_ROWS, PIECE_CHARS),
+        platform.python_version(),
+    )
+    version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        cache_dir = Path(home) / "colospec"
+    return Path(cache_dir) / f"demo-{version}"
+
+
+def _build_once(path: Path, build: Callable[[Path], None], what: str) -> None:
+    """Make `path` by `build(temporary directory)`, unless it is there."""
+    if path.is_dir():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_suffix(".lock"), what):
+        if path.is_dir():
+            return
+        for leftover in path.parent.glob(f".{path.name}-*"):
+            shutil.rmtree(leftover)
+        log.info("building %s in %s", what, path.parent)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        build(temporary)
+        temporary.rename(path)
+
+
+@contextmanager
+def _locked(file: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel frees it however a process ends."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which is building %s", what)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _config() -> Any:
+    return Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=VOCAB_SIZE,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="float32",
+    )
+
+
+def _sources() -> tuple[list[Path], list[Path]]:
+    """Return the standard library's files in a fixed random order: for training, and held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        file
+        for file in sorted(root.rglob("*.py"))
+        if not any(
+            "test" in part or part == "site-packages" for part in file.parts[len(root.parts) :]
+        )
+    ]
+    random.Random(0).shuffle(files)
+    return files[NUM_HELD_OUT_FILES:], files[:NUM_HELD_OUT_FILES]
+
+
+def _train_tokenizer(files: list[Path]) -> Any:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(file) for file in files], trainer)
+    end, _, end_of_turn = SPECIAL_TOKENS
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=end, pad_token=end, extra_special_tokens=[end_of_turn]
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def _encode(tokenizer: Any, files: list[Path]) -> Tensor:
+    """Return all files as one row of tokens [N], each file ended by <|endoftext|>."""
+    texts = [file.read_text(errors="ignore") + SPECIAL_TOKENS[0] for file in files]
+    rows = tokenizer.backend_tokenizer.encode_batch(texts)
+    return torch.tensor([token for row in rows for token in row.ids])
+
+
+def _train(tokens: Tensor, held_out: Tensor, num_steps: int) -> Any:
+    """Train the target on random windows of `tokens` [N]."""
+    generator = torch.Generator().manual_seed(0)
+    with _threads() as race, torch.random.fork_rng(devices=[]), _progress(num_steps) as advance:
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(_config())
+        # The optimizer's settings are those of small language models, found by trial on two cores.
+        optimizer = torch.optim.AdamW(
+            model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        begin, step, progress = time.monotonic(), 0, 0.0
+        while progress < 1.0:
+            warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * warmup * (1.0 - progress)
+            batch = _windows(tokens, BATCH_SIZE, generator)
+            model(input_ids=batch, labels=batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            race(step)
+            progress = max(step / num_steps, (time.monotonic() - begin) / MAX_SECONDS)
+            advance(progress)
+        seconds = time.monotonic() - begin
+        model.eval()
+        with torch.no_grad():
+            batch = _windows(held_out, 4 * BATCH_SIZE, generator)
+            loss = model(input_ids=batch, labels=batch).loss.item()
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    log.info(
+        "demo target: %.1f million parameters, %d steps in %.0f s, loss on held-out files %.2f",
+        *(size, step, seconds, loss),
+    )
+    return model
+
+
+def _windows(tokens: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    starts = torch.randint(len(tokens) - WINDOW, (number, 1), generator=generator)
+    return tokens[starts + torch.arange(WINDOW)]
+
+
+@contextmanager
+def _threads() -> Iterator[Callable[[int], None]]:
+    """Give a function, to be called after each step, that settles how many threads train fastest.
+
+    torchrun gives each rank one thread, but the other ranks are waiting for this one, so all cores
+    are ours: a few steps run on all. Where other programs keep the cores busy, threads that wait
+    for each other are slower than one alone, by a factor of hundreds: a few steps run on one.
+    """
+    before, times = torch.get_num_threads(), [time.monotonic()]
+    num_cores = min(16, len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
+
+    def race(step: int) -> None:
+        if step <= 2 * RACE_STEPS:
+            times.append(time.monotonic())
+        if step == RACE_STEPS:
+            torch.set_num_threads(num_cores)
+        elif step == 2 * RACE_STEPS:
+            one, all_cores = times[RACE_STEPS] - times[0], times[-1] - times[RACE_STEPS]
+            torch.set_num_threads(1 if one < all_cores else num_cores)
+
+    try:
+        yield race
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _progress(num_steps: int) -> Iterator[Callable[[float], None]]:
+    """Give a function that shows the finished share: a bar on a terminal, else a few log lines."""
+    if is_terminal():
+        columns = (TextColumn("demo target"), BarColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("", total=1.0)
+            yield lambda share: bar.update(task, completed=share)
+        return
+    begin, shown = time.monotonic(), [0.0]
+
+    def tell(share: float) -> None:
+        if share < 1.0 and share >= shown[0] + 0.25:
+            shown[0] = share
+            left = (time.monotonic() - begin) * (1 / share - 1)
+            log.info("demo target: %.0f%% of %d steps, %.0f s left", 100 * share, num_steps, left)
+
+    yield tell
+
+
+def _write_rows(path: Path, files: list[Path], number: int, rng: random.Random) -> None:
+    """Write `number` pieces of the files, cut between lines, in random order."""
+    pieces = [piece for file in files for piece in _pieces(file.read_text(errors="ignore"), rng)]
+    rng.shuffle(pieces)
+    with path.open("w") as out:
+        out.writelines(json.dumps({"text": piece}) + "\n" for piece in pieces[:number])
+
+
+def _pieces(text: str, rng: random.Random) -> Iterator[str]:
+    piece, wanted = "", rng.randint(*PIECE_CHARS)
+    for line in text.splitlines(keepends=True):
+        piece += line
+        if len(piece) >= wanted:
+            yield piece
+            piece, wanted = "", rng.randint(*PIECE_CHARS)

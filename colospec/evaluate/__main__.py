@@ -1,0 +1,97 @@
+"""Measure a draft by real speculative decoding:
+
+python -m colospec.evaluate --target DIR --draft EXPORT_DIR --prompts FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from colospec.checkpoint.export import load_draft
+from colospec.data.encode import load_tokenizer
+from colospec.draft import registry
+from colospec.draft.eagle3 import Eagle3
+from colospec.evaluate.acceptance import DecodingSettings
+from colospec.evaluate.compare import compare
+from colospec.evaluate.decoder import TargetDecoder
+from colospec.evaluate.drafters import ChainDrafter
+from colospec.evaluate.prompts import read_prompts
+from colospec.log import console, to_console
+from colospec.target import Target
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Decode, print the table, and write the JSON file if asked for."""
+    options = _parser().parse_args(arguments)
+    to_console()
+    try:
+        _evaluate(options)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def open_drafter(directory: Path, target: Target, device: torch.device) -> ChainDrafter:
+    """Load an exported draft. Raises ValueError if it is none, or not one for `target`."""
+    model = load_draft(directory, target)
+    assert isinstance(model, Eagle3)
+    layers = registry.features(model.config, target).aux_layer_ids
+    return ChainDrafter(model.to(device), layers, vocab_size=target.vocab_size)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    target = Target.load(options.target, dtype=options.dtype)
+    prompts = read_prompts(
+        options.prompts,
+        load_tokenizer(target.path),
+        num_prompts=options.num_prompts,
+        prompt_tokens=options.prompt_tokens,
+    )
+    drafter = open_drafter(options.draft, target, device)
+    decoder = TargetDecoder(target, device=device, trust_remote_code=options.trust_remote_code)
+    settings = DecodingSettings(
+        max_new_tokens=options.max_new_tokens,
+        chain_length=options.chain_length,
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    comparison = compare(decoder, {"draft": drafter}, prompts, settings)
+    console.print(comparison.table())
+    if options.json:
+        asked = {name: str(value) for name, value in vars(options).items() if name != "json"}
+        report = {"settings": asked, **comparison.to_dict()}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"wrote {options.json}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m colospec.evaluate",
+        description="Measure a draft's real acceptance length by speculative decoding.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    defaults = DecodingSettings()
+    add = parser.add_argument
+    add("--target", type=Path, required=True, help="Hugging Face directory of the target")
+    add("--draft", type=Path, required=True, help="exported draft directory")
+    add("--prompts", type=Path, required=True, help="rows with prompt, text or messages")
+    add("--num-prompts", type=int, default=32, help="how many of them")
+    add("--prompt-tokens", type=int, default=64, help="how much of a text row is prompt")
+    add("--max-new-tokens", type=int, default=defaults.max_new_tokens, help="per prompt")
+    add("--chain-length", type=int, default=defaults.chain_length, help="proposals per step")
+    add("--temperature", type=float, default=0.0, help="above 0: also sample at it")
+    add("--seed", type=int, default=defaults.seed, help="of the sampling")
+    add("--dtype", default="auto", help="of the target")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--trust-remote-code", action="store_true", help="run code of the target's directory")
+    add("--json", type=Path, default=None, help="write all numbers to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
