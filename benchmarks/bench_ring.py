@@ -137,7 +137,7 @@ class SharedTensorQueue:
 class Gloo:
     """torch.distributed send and receive over loopback TCP."""
 
-    def __init__(self, wiring: Wiring, num_rows: int, is_producer: bool) -> None:
+    def __init__(self, _wiring: Wiring, num_rows: int, is_producer: bool) -> None:
         self._peer = int(is_producer)
         self._work = torch.empty(num_rows, WIDTH)
 
@@ -180,7 +180,7 @@ class Wiring:
 
 def counts(size_mib: int) -> tuple[int, int]:
     """Payloads for latency and for throughput."""
-    return max(8, min(100, 400 // size_mib)), max(6, min(200, 1600 // size_mib))
+    return max(4, min(100, 200 // size_mib)), max(4, min(100, 800 // size_mib))
 
 
 def consume(wiring: Wiring, pipe: Connection) -> None:
@@ -190,7 +190,7 @@ def consume(wiring: Wiring, pipe: Connection) -> None:
         for size_mib in SIZES_MIB:
             transport = make(wiring, rows(size_mib), False)
             num_latency, num_stream = counts(size_mib)
-            for _ in range(num_latency + num_stream + 1):
+            for _ in range(NUM_SLOTS + num_latency + num_stream):
                 transport.receive(lambda payload: float(payload.sum()))
                 pipe.send(time.monotonic())
             transport.close()
@@ -211,12 +211,11 @@ def produce(wiring: Wiring, pipe: Connection, name: str, size_mib: int) -> dict[
         return complete
 
     num_latency, num_stream = counts(size_mib)
-    for index in range(num_latency + 1):
+    for _ in range(NUM_SLOTS + num_latency):
         complete = send_one()
-        if index:  # the first payload touches fresh memory on both sides
-            latencies.append(pipe.recv() - complete)
-        else:
-            pipe.recv()
+        latencies.append(pipe.recv() - complete)
+    # The first payloads touch fresh memory on both sides.
+    del latencies[:NUM_SLOTS]
     stalls.clear()
     began = time.monotonic()
     for _ in range(num_stream):

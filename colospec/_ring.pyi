@@ -22,7 +22,9 @@ _Geometry: TypeAlias = tuple[int, int, int, int, int, tuple[_Tensor, ...]]
 _Side: TypeAlias = tuple[int, float, float]
 
 class Ring:
-    def __new__(cls, memory: mmap | bytearray, geometry: _Geometry = ..., /) -> Ring: ...
+    def __new__(
+        cls, memory: mmap | bytearray | memoryview, geometry: _Geometry = ..., /
+    ) -> Ring: ...
     def acquire(self, timeout_s: float, /) -> tuple[int, object]: ...
     def publish(
         self,

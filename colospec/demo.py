@@ -5,11 +5,13 @@ text that every machine with Python has, the sources of the standard library. It
 kept in the user's cache; any number of processes may ask for it at the same time.
 
     python -m colospec.demo                       # target, data, training, report
+    python -m colospec.demo trainer.lr=3e-4       # the same with other settings of the run
     python -m colospec.demo --report RUN_DIR      # the report of a finished run
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -18,6 +20,8 @@ import os
 import platform
 import random
 import shutil
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -33,7 +37,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from colospec.log import console, is_terminal
+from colospec.evaluate.report import ReportSettings, report_run
+from colospec.log import console, is_terminal, to_console
+from colospec.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -320,3 +326,52 @@ def _pieces(text: str, rng: random.Random) -> Iterator[str]:
         if len(piece) >= wanted:
             yield piece
             piece, wanted = "", rng.randint(*PIECE_CHARS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the whole demo, or report on a run that was made before."""
+    parser = argparse.ArgumentParser(prog="python -m colospec.demo", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--report", type=Path, metavar="RUN_DIR", help="only report on this run")
+    parser.add_argument("overrides", nargs="*", help="settings of colospec.run, as trainer.lr=1e-3")
+    options = parser.parse_args(arguments)
+    to_console()
+    try:
+        ensure_target()
+        report(options.report or _train_draft(options.overrides))
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
+    """Evaluate the draft of a run on the demo target, and print the table and where it is kept."""
+    data, target = ensure_data(), Target.load(ensure_target())
+    log.info("decoding held-out prompts with the trained draft, an untrained one, and a table")
+    result = report_run(
+        run_dir,
+        target,
+        train_path=data.train_path,
+        eval_path=data.eval_path,
+        settings=settings or ReportSettings(),
+    )
+    console.print(result.comparison.table())
+    for file in (result.report, result.curves, run_dir / "export"):
+        if file is not None:
+            console.print(f"wrote {file}")
+
+
+def _train_draft(overrides: list[str]) -> Path:
+    """Train a draft in a job of its own, colocated with the target; return the run directory."""
+    given = [item.partition("=")[2] for item in overrides if item.startswith("run_dir=")]
+    run_dir = Path(given[-1] if given else time.strftime("outputs/demo-%Y-%m-%d-%H-%M-%S"))
+    command = [sys.executable, "-m", "colospec.run", "+mode=colocate", "+experiment=demo"]
+    done = subprocess.run([*command, f"run_dir={run_dir}", *overrides], check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"training failed with exit code {done.returncode}; see its messages above"
+        )
+    return run_dir
+
+
+if __name__ == "__main__":
+    main()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.table import Table
 
 from colospec import demo
+from colospec.checkpoint.public import eagle3, tensor_shapes
 from colospec.config import Mode, RunConfig
 from colospec.data.dataset import Dataset
 from colospec.draft import registry
 from colospec.log import console
 from colospec.target import Target
-from colospec.topology import Role, Topology
+from colospec.topology import Topology
 from colospec.train.job import Job
 
 GIB = 2**30
@@ -30,8 +33,8 @@ def _target(run: RunConfig) -> Target:
     if run.target.path is None and not demo.is_built():
         path = demo.target_directory()
         return Target.from_config(path, demo.target_config(), dtype=run.target.dtype.value)
-    path = run.target.path or demo.target_directory()
-    return Target.load(path, dtype=run.target.dtype.value)
+    found = run.target.path or demo.target_directory()
+    return Target.load(found, dtype=run.target.dtype.value)
 
 
 def _rank_table(topology: Topology) -> Table:
@@ -57,7 +60,9 @@ def _memory_table(run: RunConfig, topology: Topology, target: Target) -> Table:
     spec = registry.features(run.draft, target)
     num_slots = run.ring.num_slots if topology.mode is Mode.colocate else 1
     slots = num_slots * run.data.token_budget * spec.bytes_per_token
-    num_trained, num_frozen = registry.count_parameters(run.draft, target)
+    shapes = tensor_shapes(eagle3(run.draft), target)
+    num_trained = sum(math.prod(s) for name, s in shapes.items() if name not in ("t2d", "d2t"))
+    num_frozen = (1 if target.tied else 2) * target.vocab_size * target.hidden_size
     trainers = topology.num_trainers
     parts = [
         ("engine", "target weights", _target_bytes(target) / run.engine.tp),
@@ -73,11 +78,11 @@ def _memory_table(run: RunConfig, topology: Topology, target: Target) -> Table:
     table.add_column("GiB", justify="right")
     for role, what, size in parts:
         table.add_row(role, what, f"{size / GIB:.3f}")
-    for role in (Role.ENGINE, Role.TRAINER):
-        total = sum(size for name, _, size in parts if name == role.value)
-        fraction = getattr(run.memory, f"{role.value}_fraction")
-        limit = f"limit memory.{role.value}_fraction={fraction:g} of the GPU"
-        table.add_row(role.value, f"total; {limit}", f"{total / GIB:.3f}", style="bold")
+    for role in ("engine", "trainer"):
+        total = sum(size for name, _, size in parts if name == role)
+        fraction = getattr(run.memory, f"{role}_fraction")
+        limit = f"limit memory.{role}_fraction={fraction:g} of the GPU"
+        table.add_row(role, f"total; {limit}", f"{total / GIB:.3f}", style="bold")
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec import __version__
+import colospec
 
 _CARD = """\
 ---
@@ -60,7 +60,7 @@ def model_card(target_name: str, contents: dict[str, Any], facts: dict[str, Any]
         **_flat(facts),
     }
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
-    return _CARD.format(target=target_name, version=__version__, facts=table)
+    return _CARD.format(target=target_name, version=colospec.__version__, facts=table)
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, str]:

@@ -70,6 +70,7 @@ class Checkpointer:
     """The checkpoints of one run: `choose`, `load`, then `save` again and again, last `wait`.
 
     All ranks construct it and make every call together, from one thread.
+
     `group` is a gloo group of all trainers that nothing else uses, None in a job of one process.
     Kept are the newest `keep` checkpoints and the one with the best value of `best_metric`: the
     lowest, or the highest if the name ends in `_length`. `limit_s` bounds every wait for a save.
@@ -194,8 +195,9 @@ class Checkpointer:
         finally:
             save.state = {}
         if self._peers.rank == 0:
-            size = sum(report.num_bytes for report in reports)
-            log.info("checkpoint %s, %.2f GiB in %.1f s", path, size / 2**30, _since(start))
+            size_gib = sum(report.num_bytes for report in reports) / 2**30
+            duration_s = time.monotonic() - start
+            log.info("checkpoint %s, %.2f GiB in %.1f s", path, size_gib, duration_s)
 
     def _write_shards(self, temporary: Path, save: _Save) -> _Report:
         rank, group = self._peers.rank, self._peers.group
@@ -229,8 +231,8 @@ class Checkpointer:
             needed = sum(report.num_bytes for report in reports)
             raise RuntimeError(
                 f"{error}. It needs {needed:,} bytes and {free:,} are free on that disk; earlier "
-                "checkpoints are untouched. Free some space or lower trainer.keep, then go on "
-                "with the same run_dir"
+                "checkpoints are untouched. If the disk is full, free some space or lower "
+                "trainer.keep; then go on with the same run_dir"
             )
         self._rotate(save)
 
@@ -270,7 +272,3 @@ def _choose(directory: Path, resume: str) -> Found | None:
             "move them away to start anew"
         )
     return found
-
-
-def _since(start: float) -> float:
-    return time.monotonic() - start

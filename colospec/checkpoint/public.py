@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colospec import __version__
+import colospec
 from colospec.config import DraftConfig, Eagle3Config
 from colospec.draft import registry
 from colospec.target import Target
@@ -29,7 +29,6 @@ ARCHITECTURE = "LlamaForCausalLMEagle3"
 CONFIG = "config.json"
 FLOATS = ("float32", "bfloat16", "float16")
 _EXACT_DTYPES = {"t2d": ("bool",), "d2t": ("int64",)}
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 def eagle3(config: DraftConfig) -> Eagle3Config:
@@ -142,7 +141,7 @@ def write_config(
             "use_aux_hidden_state": True,
         },
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers],
-        "colospec": {"version": __version__, "ttt_length": config.ttt_length},
+        "colospec": {"version": colospec.__version__, "ttt_length": config.ttt_length},
     }
     (directory / CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
     return contents
@@ -192,6 +191,19 @@ def _draft_vocab_size(config: Eagle3Config, target: Target) -> int:
 
 
 def _rope(target: Target) -> dict[str, Any]:
-    """Copy the target's rope fields; `rope_theta` also where only transformers 5 would find it."""
-    fields = {key: value for key in _ROPE_KEYS if (value := target.hf_config.get(key)) is not None}
-    return {"rope_theta": target.rope_theta, **fields}
+    """Return the target's rope fields in the spellings of transformers 4 and 5, for all engines."""
+    hf = target.hf_config
+    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    # Targets that mix layer types keep one dict per type; the draft attends to everything.
+    rope = rope.get("full_attention", rope)
+    theta = float(rope.get("rope_theta") or target.rope_theta)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    fields = {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
+        "rope_parameters": {**scaling, "rope_type": kind, "rope_theta": theta},
+    }
+    if partial := rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor"):
+        fields["partial_rotary_factor"] = partial
+    return fields

@@ -91,6 +91,8 @@ const char *ring_open(struct ring_end *end, void *control, size_t nbytes, bool i
     memset(end, 0, sizeof *end);
     if (nbytes < sizeof(struct ring_control))
         return "size of the control block";
+    if ((uintptr_t)control % _Alignof(struct ring_control) != 0)
+        return "alignment of the control block";
     end->control = control;
     end->geometry = end->control->geometry;
     end->is_writer = is_writer;

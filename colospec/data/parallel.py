@@ -58,8 +58,9 @@ def encode_chunks(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "a tokenising process died (killed for lack of memory?); "
-            f"use fewer than {num_workers}: data.num_workers={num_workers // 2}"
+            "a tokenising process died: killed for lack of memory, or started by a script without "
+            'if __name__ == "__main__"; '
+            f"use fewer than {num_workers} with data.num_workers=1"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -144,10 +144,12 @@ def _message(turn: Any) -> Message:
 
 def _text(content: Any) -> str:
     """Return a message's content; a list of text parts is joined (few templates know lists)."""
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise Rejected(Reason.bad_row, f"content must be text, not {_show(content)}")
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise Rejected(Reason.bad_row, f"content must be text, not {_show(content)}")
+        texts.append(text)
     return "".join(texts)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class Documents:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        return list(zip(self.borders[:-1], self.borders[1:], strict=True))
+        return list(pairwise(self.borders))
 
 
 def ttt_attention(

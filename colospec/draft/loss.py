@@ -36,9 +36,9 @@ from torch.autograd.function import Function, once_differentiable
 from colospec.config import Loss
 from colospec.draft.alignment import Unroll
 
-# Most elements of a [rows, vocabulary] tensor; about five of them live at a time. A GPU needs more
+# Most elements of a [rows, vocabulary] tensor; about four of them live at a time. A GPU needs more
 # rows than a CPU to hide the traffic of the head's gradient.
-MAX_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 MIN_ACCEPTANCE = 1e-8
 
 
@@ -110,8 +110,7 @@ class _FusedLoss(Function):
         for start, end in _chunks(rows, settings, weight):
             target = _target(teacher, rows.teacher_rows[start:end], dtype)
             for step, span, slots in _steps(rows, start, end):
-                picked = target.select(slots)
-                states = hidden[slice(*span)]
+                picked, states = target.select(slots), hidden[slice(*span)]
                 terms = _compare(states, weight, picked, settings, gradients)
                 row_weight = settings.step_weights[step] * picked.kept
                 loss += (terms.loss * row_weight).sum()
@@ -119,9 +118,11 @@ class _FusedLoss(Function):
                 acceptance[step] += terms.acceptance.sum()
                 if terms.grad is not None:
                     scale = (row_weight * terms.grad_scale).unsqueeze(-1)
-                    grad = terms.grad.to(weight.dtype)
-                    grad_hidden[slice(*span)] = (grad @ weight) * scale
-                    _add_product(grad_weight, grad, (states * scale).to(weight.dtype))
+                    scaled = (states * scale).to(weight.dtype)
+                    grad_hidden[slice(*span)] = scale * _product(
+                        terms.grad, weight, scaled, grad_weight
+                    )
+                # Or they would live on beside those of the next step.
                 del terms, picked
             del target
         if gradients:
@@ -250,8 +251,8 @@ def _compare(
     norm = top - probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
     cross_entropy = norm - torch.linalg.vecdot(target.probs, logits)
     del logits
-    reference = target.probs if target.mass is None else target.probs * target.mass.unsqueeze(1)
-    overlap = torch.minimum(reference, probs)
+    overlap = target.probs.clone() if target.mass is None else target.probs * target.mass[:, None]
+    torch.minimum(overlap, probs, out=overlap)
     acceptance = overlap.sum(-1)
     if target.target_ids is not None:
         token = target.target_ids[token]
@@ -267,7 +268,7 @@ def _compare(
     if not gradients:
         return _Terms(loss, acceptance, token, None, ones)
     # The acceptance grows only with the probabilities that are below the target's.
-    below = torch.mul(probs, probs < reference, out=overlap)
+    below = overlap.mul_(overlap == probs)
     grad = (probs * below.sum(-1, keepdim=True)).sub_(below)
     if alpha:
         scale = torch.where(acceptance > MIN_ACCEPTANCE, 1 / bounded, 0.0)
@@ -275,13 +276,16 @@ def _compare(
     return _Terms(loss, acceptance, token, grad.lerp_(probs.sub_(target.probs), share), ones)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left^T right to `total` [W, D], whose type may be wider than theirs."""
+def _product(grad: Tensor, weight: Tensor, scaled: Tensor, total: Tensor) -> Tensor:
+    """Return grad weight [R, D], and add grad^T scaled to `total` [W, D], of a type as wide as that
+    of `grad` [R, W]; `weight` [W, D] and `scaled` [R, D] may be narrower."""
+    left = grad.to(weight.dtype)
     if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-        return
+        total.addmm_(left.T, scaled)
+        return left @ weight
     block = max(1, MAX_ELEMENTS[total.device.type] // total.shape[1])
     for part, columns in zip(
         torch.split(total, block), torch.split(left, block, dim=1), strict=True
     ):
-        part += columns.T @ right
+        part += columns.T @ scaled
+    return left @ weight

@@ -71,7 +71,10 @@ class TargetDecoder:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self._cache.crop(length)
+        surplus = self._cache.get_seq_length() - length
+        if surplus:
+            # Negative: how many to remove; the form that all versions of transformers 5 take.
+            self._cache.crop(-surplus)
 
     def _recorder(self, layer_id: int) -> Callable[..., None]:
         def record(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:

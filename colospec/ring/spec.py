@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from colospec import __version__, _ring
+import colospec
+from colospec import _ring
 from colospec.batch import Features, FeatureSpec, TensorSpec, TokenBatch
 
 # Codes of the control block (ABI 1): never renumber, only append.
@@ -124,7 +125,14 @@ class Agreement:
         """Collect this side's expectation."""
         rows = tuple((row.name, dtype_name(row.dtype), row.width) for row in spec.tensors())
         return cls(
-            __version__, rows, max_tokens, max_sequences, num_slots, plan_digest, gpu_uuid, boot_id
+            colospec.__version__,
+            rows,
+            max_tokens,
+            max_sequences,
+            num_slots,
+            plan_digest,
+            gpu_uuid,
+            boot_id,
         )
 
     def differences(self, other: Agreement) -> list[str]:

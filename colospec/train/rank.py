@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from colospec import log as logs
+from colospec.batch import FeatureSource
 from colospec.config import Mode, RunConfig
 from colospec.ring.channel import Reader, Writer
 from colospec.topology import Role, Topology
@@ -78,6 +79,7 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
         world.store.set_json("start", vars(start))
         write_provenance(run, run_dir, world_size=len(world.topology.places), plan=job.plan.digest)
     world.phase("attach", world.limit.load_s)
+    source: FeatureSource
     if run.mode is Mode.alternate:
         source = AlternateSource(job, world, load_engine(job, world), start)
     else:

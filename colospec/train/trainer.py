@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -153,7 +153,7 @@ class Trainer:
             return
         self.world.phase("export", self.world.limit.checkpoint_s)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(self.draft, options=options)
+        state = cast(dict[str, Tensor], get_model_state_dict(self.draft, options=options))
         if self.world.place.role_rank == 0:
             directory = self.run_dir / "export"
             export_draft(

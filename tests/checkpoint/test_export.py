@@ -205,12 +205,39 @@ def test_config_says_what_sglang_vllm_and_transformers_read(tmp_path):
     assert (parsed.head_dim, parsed.hidden_size) == (HEAD_DIM, H)
 
 
-def test_rope_of_a_target_written_by_transformers_5_is_copied(target, tmp_path):
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaling"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5, None),
+        ({"rope_parameters": None, "rope_theta": 3e4}, 3e4, None),
+        ({"rope_parameters": None}, 1e4, None),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}, 5e5, LLAMA3),
+        ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": LLAMA3}, 5e5, LLAMA3),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            1e6,
+            None,
+        ),
+    ],
+)
+def test_rope_is_the_targets_in_old_and_new_spelling(tmp_path, rope, theta, scaling):
+    target = make_target(tmp_path / "t", **rope)
     config, draft = make_draft(target)
     export(draft, config, target, tmp_path / "out")
     contents = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert contents["rope_theta"] == 5e5
-    assert LlamaConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 5e5
+    assert (contents["rope_theta"], contents["rope_scaling"]) == (theta, scaling)
+    parsed = LlamaConfig.from_pretrained(tmp_path / "out").rope_parameters
+    expected = (scaling or {"rope_type": "default"}) | {"rope_theta": theta}
+    assert {key: parsed[key] for key in expected} == expected
 
 
 def test_the_card_names_target_data_metrics_and_serve_commands(target, tmp_path):

@@ -111,6 +111,12 @@ def test_bins_are_full_and_their_order_tells_nothing_of_length():
     assert abs(np.corrcoef(np.arange(len(bins)), means)[0, 1]) < 0.05
 
 
+def test_many_short_samples_do_not_leave_bins_half_empty():
+    rng = np.random.default_rng(5)
+    short, long = rng.integers(5, 40, 4000), rng.integers(100, 300, 4000)
+    assert plan(np.concatenate([short, long]), budget=8192).fill_rate() >= 0.98
+
+
 def test_best_fit_leaves_the_least_room():
     assert best_fit([6, 5, 4, 3, 2], capacity=10, max_items=9) == [[0, 2], [1, 3, 4]]
     assert best_fit([6, 5, 4, 3, 2], capacity=10, max_items=2) == [[0, 2], [1, 3], [4]]

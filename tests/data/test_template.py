@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from colospec.data.rows import Chat, Reason, Rejected, parse_row
 from colospec.data.template import ChatTemplate
@@ -122,6 +124,35 @@ def test_marks_agree_with_the_mask_of_transformers():
     )["assistant_masks"]
     mask = template.mask(template.encode([rendered.text])[0], rendered)
     assert mask.astype(int).tolist() == expected
+
+
+CHATML = chat_tokenizers.build("chatml")
+contents = st.text(st.characters(codec="utf-8"), max_size=30).filter(
+    lambda text: text == text.lstrip()
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.lists(st.tuples(contents, contents), min_size=1, max_size=4))
+@example([("e\u0301\U0001f468\u200d\U0001f469", "\U0001f436 \r\n\n")])
+def test_any_content_has_the_mask_of_its_pieces_tokenised_alone(pairs):
+    ids, expected, messages = [], [], []
+
+    def add(text, is_supervised):
+        piece = CHATML.encode(text, add_special_tokens=False)
+        ids.extend(piece)
+        expected.extend([is_supervised] * len(piece))
+
+    for question, answer in pairs:
+        messages += [turn("user", question), turn("assistant", answer)]
+        add("<|im_start|>user\n" + question + "<|im_end|>\n<|im_start|>assistant\n", False)
+        add(answer + "<|im_end|>", True)
+        add("\n", False)
+    template = ChatTemplate(CHATML, last_turn_only=None)
+    rendered = template.render(chat(*messages))
+    (encoding,) = template.encode([rendered.text])
+    assert encoding.ids == ids
+    assert template.mask(encoding, rendered).tolist() == expected
 
 
 def test_prompt_and_supervised_tokens_are_what_a_generation_would_have_made():

@@ -1,5 +1,6 @@
 """Random targets, drafts and packed batches that the draft tests share."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def documents(batch):
     """Cut a packed batch into one batch for each document."""
     tokens, features = batch.tokens, batch.features
     borders = tokens.cu_seqlens.tolist()
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         part = slice(start, end)
         yield FeatureBatch(
             TokenBatch.pack(

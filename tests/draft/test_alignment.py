@@ -1,5 +1,7 @@
 """The index maps, one position at a time."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ def by_hand(tokens, ttt_length, alignment):
     found = []
     borders = tokens.cu_seqlens.tolist()
     for step in range(ttt_length):
-        for start, end in zip(borders[:-1], borders[1:], strict=True):
+        for start, end in pairwise(borders):
             for position in range(start, end):
                 teacher, label = position + 1 + step, position + 2 + step
                 if alignment is Alignment.exact:

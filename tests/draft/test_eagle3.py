@@ -58,7 +58,9 @@ def test_loss_and_all_gradients_equal_the_plain_oracle(settings, seed):
     assert total.item() == pytest.approx(10 * loss)
     assert count.item() == batch.tokens.loss_mask.sum().item()
     for step in range(config.ttt_length):
-        hits, alpha, size = (sum(column) for column in zip(*(s[step] for _, s in results)))
+        hits, alpha, size = (
+            sum(column) for column in zip(*(s[step] for _, s in results), strict=True)
+        )
         assert [x.item() for x in terms.metrics[f"acc_{step}"]] == [hits, size]
         assert [x.item() for x in terms.metrics[f"acceptance_rate_{step}"]] == [
             pytest.approx(alpha, rel=1e-6),

@@ -132,7 +132,8 @@ def test_bfloat16_is_accumulated_in_float32(kind):
     for ours, theirs in zip(grads, expected, strict=True):
         assert ours.dtype is torch.bfloat16
         error = (ours.double() - theirs).norm() / theirs.norm()
-        assert error < 0.03
+        # A rounded probability can cross the target's, where the gradient of acceptance jumps.
+        assert error < (0.02 if kind is Loss.kl else 0.08)
 
 
 @pytest.mark.parametrize("kind", list(Loss))

@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = self.largest = 0
         self.seen = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ARG002
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):

@@ -59,6 +59,7 @@ class TargetAsDrafter:
     def propose(
         self, token_ids: Tensor, aux: Tensor, *, num_tokens: int, sampler: Sampler
     ) -> Proposal:
+        del aux
         self._decoder.start(())
         logits, _ = self._decoder.forward(token_ids)
         chosen, probabilities = [], []
@@ -69,6 +70,7 @@ class TargetAsDrafter:
         return Proposal(torch.cat(chosen), torch.cat(probabilities))
 
     def predict(self, token_ids: Tensor, aux: Tensor, *, first: int, num_tokens: int) -> Tensor:
+        del aux
         self._decoder.start(())
         logits, _ = self._decoder.forward(token_ids)
         return logits.argmax(-1)[first - 1 : -1].unfold(0, num_tokens, 1)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import time
 from pathlib import Path
@@ -139,9 +140,10 @@ def test_a_full_disk_while_saving_names_the_path_and_keeps_the_last_checkpoint(t
     words = [*tiny_job, f"run_dir={run_dir}"]
     job(2, "+mode=colocate", *words, "trainer.max_steps=2")
     good = files(run_dir / "checkpoint")
-    limited = ["bash", "-c", 'ulimit -f 300; exec "$@"', "bash"]
-    start = command(2, "-m", "colospec.run", "+mode=colocate", *words, "trainer.max_steps=4")
-    with started([*limited, *start]) as process:
+    start = command(2, "-m", "colospec.run", "+mode=colocate", *words, "trainer.max_steps=60")
+    with started(start) as process:
+        wait_for(run_dir / "metrics.jsonl", '"step": 4,', process)
+        resource.prlimit(rank_pid(process, 0), resource.RLIMIT_FSIZE, (300_000, 300_000))
         output, _ = process.communicate(timeout=100)
     assert process.returncode != 0
     assert str(run_dir / "checkpoint") in output

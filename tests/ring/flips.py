@@ -11,7 +11,7 @@ import json
 import time
 
 from colospec import _ring
-from tests.ring.block import describe, open_both
+from tests.ring.block import describe, make_block, open_both
 
 NUM_SLOTS, NUM_PUBLISHED, TEXT = 3, 2, "engine failed"
 PATTERNS = (0x01, 0x80, 0xFF)
@@ -51,7 +51,7 @@ def write(memory, writer, pristine, position, pattern):
 
 
 def main():
-    memory = bytearray(_ring.control_bytes(NUM_SLOTS))
+    memory = make_block(NUM_SLOTS)
     writer, reader = open_both(memory, NUM_SLOTS)
     for index in range(NUM_PUBLISHED):
         writer.publish(*describe(index))
@@ -65,10 +65,11 @@ def main():
 
     outcomes = {"read": collections.Counter(), "write": collections.Counter()}
     harmed = set()
+    damaged = make_block(NUM_SLOTS)
     slowest_s = 0.0
     for position in range(len(memory)):
         for pattern in PATTERNS:
-            damaged = bytearray(before_close)
+            damaged[:] = before_close
             damaged[position] ^= pattern
             began = time.monotonic()
             outcome = read(damaged)

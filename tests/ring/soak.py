@@ -106,7 +106,7 @@ def soak(num_kills):
     for _ in range(num_kills):
         kill_one(figures)
     figures.leftovers = len(names("/dev/shm") - shm)
-    figures.leaked_fds = len(names("/proc/self/fd")) - len(fds)
+    figures.leaked_fds = len(names("/proc/self/fd") - fds)
     return figures
 
 

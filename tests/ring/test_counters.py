@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from colospec import _ring
-from tests.ring.block import MAX_TOKENS, describe, geometry, open_both
+from tests.ring.block import MAX_TOKENS, describe, geometry, make_block, open_both
 
 STARTS = st.sampled_from([0, 1, (1 << 32) - 2, (1 << 63) - 2, (1 << 64) - 3]) | st.integers(
     0, (1 << 64) - 1
@@ -19,7 +19,7 @@ class RingAgainstDeque(RuleBasedStateMachine):
     @initialize(num_slots=st.integers(1, 5), start_seq=STARTS)
     def begin(self, num_slots, start_seq):
         self.num_slots = num_slots
-        memory = bytearray(_ring.control_bytes(num_slots))
+        memory = make_block(num_slots)
         self.writer, self.reader = open_both(memory, num_slots, start_seq)
         self.full, self.leased = deque(), deque()
         self.sent = self.released = 0
@@ -110,7 +110,7 @@ TestRingAgainstDeque = RingAgainstDeque.TestCase
 
 @pytest.mark.parametrize("start_seq", [0, (1 << 32) - 5000, (1 << 63) - 5000, (1 << 64) - 5000])
 def test_ten_thousand_slots_pass_in_order_over_the_wrap(start_seq):
-    writer, reader = open_both(bytearray(_ring.control_bytes(3)), 3, start_seq)
+    writer, reader = open_both(make_block(3), 3, start_seq)
     for index in range(10_000):
         assert writer.acquire(0) == (_ring.READY, index % 3)
         writer.publish(*describe(index))
@@ -119,14 +119,14 @@ def test_ten_thousand_slots_pass_in_order_over_the_wrap(start_seq):
 
 
 def test_publish_beyond_the_free_slots_is_refused():
-    writer, _ = open_both(bytearray(_ring.control_bytes(1)), 1)
+    writer, _ = open_both(make_block(1), 1)
     writer.publish(*describe(0))
     with pytest.raises(ValueError, match="no free slot"):
         writer.publish(*describe(1))
 
 
 def test_each_side_refuses_the_calls_of_the_other():
-    writer, reader = open_both(bytearray(_ring.control_bytes(2)), 2)
+    writer, reader = open_both(make_block(2), 2)
     for call in (
         lambda: reader.publish(*describe(0)),
         lambda: writer.release(0),
@@ -142,7 +142,7 @@ def test_each_side_refuses_the_calls_of_the_other():
 
 @pytest.mark.parametrize("timeout", [-1.0, float("nan"), float("inf"), 1e300])
 def test_timeout_that_is_no_duration_is_refused(timeout):
-    writer, _ = open_both(bytearray(_ring.control_bytes(1)), 1)
+    writer, _ = open_both(make_block(1), 1)
     for wait in (writer.acquire, writer.wait_closed):
         with pytest.raises(ValueError, match="timeout_s"):
             wait(timeout)
@@ -168,13 +168,18 @@ def test_geometry_that_cannot_work_is_refused(change, message):
     for index, value in change.items():
         fields[index] = value
     with pytest.raises(ValueError, match=message):
-        _ring.Ring(bytearray(_ring.control_bytes(3)), tuple(fields))
+        _ring.Ring(make_block(3), tuple(fields))
 
 
 def test_reader_refuses_memory_that_is_no_ring():
-    for nbytes in (0, 100, _ring.control_bytes(2)):
-        with pytest.raises(ValueError, match="damaged or foreign"):
-            _ring.Ring(bytearray(nbytes))
+    for memory, reason in (
+        (bytearray(0), "size"),
+        (bytearray(100), "size"),
+        (make_block(2), "magic"),
+        (memoryview(make_block(3))[8:], "alignment"),
+    ):
+        with pytest.raises(ValueError, match=f"damaged or foreign: {reason}"):
+            _ring.Ring(memory)
 
 
 @pytest.mark.parametrize("num_slots", [0, 1025, -1])
@@ -184,7 +189,7 @@ def test_number_of_slots_out_of_range_is_refused(num_slots):
 
 
 def test_most_tokens_fit():
-    writer, reader = open_both(bytearray(_ring.control_bytes(1)), 1)
+    writer, reader = open_both(make_block(1), 1)
     writer.publish(0, 0, 0, 0, MAX_TOKENS, MAX_TOKENS)
     assert reader.acquire(0)[1][-2:] == (MAX_TOKENS, MAX_TOKENS)
     with pytest.raises(ValueError, match="no free slot for 17"):

@@ -12,7 +12,7 @@ import pytest
 from colospec import _ring
 from colospec.ring import Corrupt
 from colospec.ring.link import Link
-from tests.ring.block import describe, open_both
+from tests.ring.block import describe, make_block, open_both
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED, RELEASED, FIRST_HEADER, HEADER_BYTES = 640, 768, 9344, 584
@@ -38,7 +38,7 @@ def test_random_damage_of_many_bytes_is_an_error_or_harmless():
 
 
 def read_after_random_damage():
-    memory = bytearray(_ring.control_bytes(3))
+    memory = make_block(3)
     writer, _ = open_both(memory, 3)
     for index in range(3):
         writer.publish(*describe(index))
@@ -60,7 +60,7 @@ def read_after_random_damage():
 @pytest.mark.parametrize("word", [PUBLISHED, RELEASED])
 @pytest.mark.parametrize("value", [0, 1, 5, 1 << 40, (1 << 64) - 1])
 def test_counters_that_cannot_be_are_found_by_the_peer_or_their_owner(word, value):
-    memory = bytearray(_ring.control_bytes(3))
+    memory = make_block(3)
     writer, reader = open_both(memory, 3)
     for index in range(2):
         assert writer.acquire(0)[0] == _ring.READY
@@ -79,7 +79,7 @@ def test_counters_that_cannot_be_are_found_by_the_peer_or_their_owner(word, valu
 
 
 def test_corrupt_error_names_the_field_and_the_state():
-    memory = bytearray(_ring.control_bytes(3))
+    memory = make_block(3)
     writer, reader = open_both(memory, 3)
     writer.publish(*describe(0))
     memory[FIRST_HEADER] ^= 1
