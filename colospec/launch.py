@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -80,7 +81,9 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     words = command(run, overrides, run_dir)
     shown = ["torchrun", *words[3:]]
     print(f"launch: {shlex.join(shown)}", file=sys.stderr, flush=True)
-    with subprocess.Popen(words, preexec_fn=_die_with_parent) as torchrun:
+    # What torchrun would set as well, with a warning for each node.
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    with subprocess.Popen(words, preexec_fn=_die_with_parent, env=env) as torchrun:
         previous = signal.signal(signal.SIGTERM, lambda *_: torchrun.terminate())
         try:
             code = torchrun.wait()

@@ -7,6 +7,7 @@ python -m colospec.run -m +mode=colocate trainer.lr=1e-4,3e-4       launch, once
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from colospec.topology import Topology
 
 
+# Once per process: all jobs of a sweep share one directory.
+STARTED = time.strftime("outputs/%Y-%m-%d/%H-%M-%S")
+
+
 def under_torchrun() -> bool:
     """Tell which face to show."""
     return "TORCHELASTIC_RUN_ID" in os.environ
@@ -39,7 +44,7 @@ def run_directory(chosen: str | None) -> str:
     """Return Hydra's output directory: `run_dir`, or a new one; only rank 0 makes any."""
     if not is_rank0():
         return "."
-    return chosen or time.strftime("outputs/%Y-%m-%d/%H-%M-%S")
+    return chosen or STARTED
 
 
 def topology_of(run: RunConfig) -> Topology:
@@ -95,7 +100,7 @@ def task(cfg: DictConfig) -> float | None:
         if is_rank0():
             log.console.print(f"error: {error}", style="bold red", markup=False)
         if HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN:
-            raise
+            return math.inf
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,46 @@ class SweepSummary(Callback):
     """Collects the jobs of a multirun and prints them, best first. Named in conf/config.yaml."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[str, float | None, str]] = []
+        self._jobs: list[tuple[list[str], float | None, str]] = []
 
     def on_job_end(
         self,
-        config: DictConfig,  # noqa: ARG002
+        config: DictConfig,
         job_return: JobReturn,
         **_kwargs: Any,
     ) -> None:
         """Keep one job's overrides, objective and directory."""
-        overrides = " ".join(job_return.overrides or ())
-        objective = None
-        if job_return.status is JobStatus.COMPLETED and job_return.return_value is not None:
-            objective = float(job_return.return_value)
-        self._rows.append((overrides, objective, str(job_return.working_dir)))
+        completed = job_return.status is JobStatus.COMPLETED
+        value = job_return.return_value if completed else None
+        objective = float(value) if value is not None and math.isfinite(value) else None
+        directory = str(config.hydra.runtime.output_dir)
+        self._jobs.append((list(job_return.overrides or ()), objective, directory))
 
     def on_multirun_end(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Print all jobs and write sweep.json beside their directories."""
-        directory = Path(config.hydra.sweep.dir)
-        table = Table(title="sweep (lower is better)")
+        """Print all jobs, with the settings in which they differ; write sweep.json beside them.
+
+        Exits with code 1 if a job failed; the others have run all the same.
+        """
+        jobs = sorted(self._jobs, key=lambda job: float("inf") if job[1] is None else job[1])
+        common = set.intersection(*(set(job[0]) for job in jobs)) if len(jobs) > 1 else set()
+        rows = [
+            {
+                "settings": " ".join(word for word in overrides if word not in common),
+                "objective": objective,
+                "directory": directory,
+            }
+            for overrides, objective, directory in jobs
+        ]
+        table = Table(title="sweep (objective: lower is better)")
         for name in ("objective", "settings", "directory"):
             table.add_column(name, overflow="fold")
-        rows = sorted(self._rows, key=lambda row: float("inf") if row[1] is None else row[1])
-        for overrides, objective, where in rows:
-            shown = "failed" if objective is None else f"{objective:.4f}"
-            table.add_row(shown, overrides, where)
+        for row in rows:
+            value = row["objective"]
+            shown = "failed" if value is None else f"{value:.4f}"
+            table.add_row(shown, str(row["settings"]), str(row["directory"]))
         console.print(table)
-        facts = [dict(zip(("overrides", "objective", "directory"), r, strict=True)) for r in rows]
-        (directory / "sweep.json").write_text(json.dumps(facts, indent=2) + "\n")
-        console.print(f"written to {directory}/sweep.json")
+        file = Path(config.hydra.sweep.dir) / "sweep.json"
+        file.write_text(json.dumps(rows, indent=2) + "\n")
+        console.print(f"written to {file}")
+        if any(row["objective"] is None for row in rows):
+            sys.exit(1)

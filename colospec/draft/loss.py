@@ -283,6 +283,9 @@ def _product(grad: Tensor, weight: Tensor, scaled: Tensor, total: Tensor) -> Ten
     if total.dtype == left.dtype:
         total.addmm_(left.T, scaled)
         return left @ weight
+    if total.device.type == "cuda":
+        torch.addmm(total, left.T, scaled, out_dtype=total.dtype, out=total)
+        return left @ weight
     block = max(1, MAX_ELEMENTS[total.device.type] // total.shape[1])
     for part, columns in zip(
         torch.split(total, block), torch.split(left, block, dim=1), strict=True

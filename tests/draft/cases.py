@@ -35,16 +35,16 @@ def make_config(**settings):
     return Eagle3Config(**{**values, **settings})
 
 
-def make_draft(config, target, *, generator, dtype=torch.float64, head_scale=1.0):
+def make_draft(config, target, *, generator, dtype=torch.float64, scale=0.3):
     """Build a draft with weights large enough for every part to matter."""
     counts = torch.randint(0, 9, (target.vocab_size,), generator=generator)
     draft = Eagle3.from_config(config, target, token_counts=counts).to(dtype)
     for parameter in draft.parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (noise * 0.3 + float(parameter.dim() == 1)).to(dtype)
+        parameter.data = (noise * scale + float(parameter.dim() == 1)).to(dtype)
     shape = (target.vocab_size, target.hidden_size)
     embedding, head = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
-    draft.set_target(embedding, None if target.tied else head * head_scale)
+    draft.set_target(embedding, None if target.tied else head)
     return draft
 
 

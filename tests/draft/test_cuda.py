@@ -60,16 +60,16 @@ def test_gradients_are_close_to_float64_on_the_cpu(kind, draft_vocab_size):
     config = make_config(
         loss=kind, draft_vocab_size=draft_vocab_size, chunk_tokens=32, fc_norm=True
     )
-    draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16, head_scale=0.3)
+    draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16, scale=0.1)
     batch = make_batch([40, 1, 70], target, generator=generator, dtype=torch.bfloat16)
     loss, grads = gradients(draft.cuda(), on_gpu(batch, torch.bfloat16), num_loss_tokens=80)
 
     exact, expected = gradients(draft.cpu().double(), batch, num_loss_tokens=80)
 
-    assert loss == pytest.approx(exact, rel=3e-2)
+    assert loss == pytest.approx(exact, rel=1e-2)
     for name, grad in grads.items():
         wide = grad.double().cpu().flatten()
-        assert torch.cosine_similarity(wide, expected[name].flatten(), dim=0) > 0.97, name
+        assert torch.cosine_similarity(wide, expected[name].flatten(), dim=0) > 0.99, name
 
 
 def test_a_step_never_waits_for_the_device():
