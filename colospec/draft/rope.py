@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from colospec.target import Target
 
@@ -66,6 +64,10 @@ def rope_frequencies(target: Target) -> tuple[Tensor, float]:
             size = int(target.head_dim * rope.get("partial_rotary_factor", 1.0))
             exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
             return 1.0 / rope["rope_theta"] ** exponents, 1.0
+        # Seconds to import, and a trainer needs nothing else of it.
+        from transformers import LlamaConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         config = LlamaConfig(
             hidden_size=target.hidden_size,
             num_attention_heads=target.num_attention_heads,
