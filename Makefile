@@ -41,7 +41,7 @@ test: $(STAMP) lint types  ## Lint, types and all tests that need no GPU
 	$(BIN)/python -m pytest --durations=25
 
 test-gpu: $(STAMP)  ## The tests that need GPUs; those that lack one say so
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest -m "gpu or multi_gpu"
 
 soak: $(STAMP)  ## 1,000 SIGKILLs of the ring, kill and resume of whole runs (half an hour)
 	$(BIN)/python tests/ring/soak.py 1000

@@ -157,6 +157,13 @@ class Features:
     aux_hidden_states: Tensor
     last_hidden_states: Tensor | None
 
+    def to(self, device: torch.device | str) -> Features:
+        """Copy the tensors to `device`; those that are there already stay as they are."""
+        last = self.last_hidden_states
+        return Features(
+            self.aux_hidden_states.to(device), None if last is None else last.to(device)
+        )
+
 
 @dataclass(frozen=True)
 class FeatureBatch:

@@ -44,19 +44,11 @@ class Dtype(Enum):
 
 
 class EngineName(Enum):
-    """What runs the target: auto is sglang on CUDA and hf on the CPU."""
+    """What runs the target: auto is sglang on CUDA where it is available, else hf."""
 
     auto = "auto"
     hf = "hf"
     sglang = "sglang"
-
-
-class RingPayload(Enum):
-    """Memory of the ring's slots: auto is ipc on CUDA and host on the CPU."""
-
-    auto = "auto"
-    ipc = "ipc"
-    host = "host"
 
 
 class RingLease(Enum):
@@ -193,7 +185,6 @@ class DataConfig:
 class RingConfig:
     num_slots: int = 3
     """Micro-batches that an engine may be ahead of its trainer."""
-    payload: RingPayload = RingPayload.auto
     lease: RingLease = RingLease.view
 
 
@@ -246,7 +237,8 @@ class TrackerConfig:
 
 @dataclass
 class MemoryConfig:
-    """Shares of each GPU's memory; trainer + engine + 0.10 <= 1. Without effect on a CPU."""
+    """Shares of each GPU's memory, enforced in each role's allocator; trainer + engine + 0.10 <= 1.
+    Without effect on a CPU."""
 
     trainer_fraction: float = 0.45
     engine_fraction: float = 0.45
@@ -341,6 +333,8 @@ def check(run: RunConfig) -> None:
         )
     if trainer.dtype is Dtype.float16:
         raise ValueError("trainer.dtype=float16 would need loss scaling; use bfloat16 or float32")
+    if run.seed < 0:
+        raise ValueError(f"seed={run.seed} must be at least 0")
     if run.launch.nodes > 1 and not run.launch.rdzv_endpoint:
         raise ValueError(
             f"launch.nodes={run.launch.nodes} needs launch.rdzv_endpoint=HOST:PORT, "

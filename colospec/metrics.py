@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,8 +64,9 @@ class JsonlTracker:
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write {"step": ..., "time": unix seconds, **values}."""
-        self._file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        """Write {"step": ..., "time": unix seconds, **values}; JSON has no NaN, so that is null."""
+        finite = {name: v if math.isfinite(v) else None for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **finite}) + "\n")
 
     def close(self) -> None:
         """Close the file."""

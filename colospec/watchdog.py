@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -52,6 +52,7 @@ class Watchdog:
         self._limit_s = float("inf")
         self._since = time.monotonic()
         self._ended = threading.Event()
+        self._abort_lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
@@ -97,17 +98,17 @@ class Watchdog:
                 if self._ended.is_set():
                     return
                 log.error("the store of torchrun is gone: %s", error)
-                self._abort(f"the store of torchrun is gone ({error}); torchrun has ended")
+                self.abort(f"the store of torchrun is gone ({error}); torchrun has ended")
 
     def _look(self) -> None:
         if os.getppid() != self._parent:
             log.error("torchrun (pid %d) has died", self._parent)
-            self._abort(f"torchrun (pid {self._parent}) has died")
+            self.abort(f"torchrun (pid {self._parent}) has died")
         self._find_local_ranks()
         for rank in self._dead_ranks():
             self._report_death(rank)
         if (first := self._store.peek(ERROR_KEY)) is not None:
-            self._abort(json.loads(first)["error"])
+            self.abort(json.loads(first)["error"])
         if not self.stop_requested.is_set():
             self._look_for_stop()
         age = time.monotonic() - self._since
@@ -152,8 +153,9 @@ class Watchdog:
                 "(killed, out of memory, or crashed in native code); see its log"
             )
 
-    def _abort(self, root_cause: str) -> None:
-        """End this process at once: its main thread may be blocked where nothing reaches it."""
+    def abort(self, root_cause: str) -> NoReturn:
+        """End this process at once, from either thread: the other may be blocked for ever."""
+        self._abort_lock.acquire()  # never released: the second caller only waits for the end
         log.debug("ended by: %s", root_cause)
         with contextlib.suppress(Exception):
             self.before_abort()

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from colospec.config import LimitConfig
 from colospec.store import JobStore
 from colospec.topology import Place, Topology
-from colospec.watchdog import Watchdog, record_for_torchrun
+from colospec.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -117,13 +118,11 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
         world.watchdog.stop()
 
 
-def _leave(world: World, error: str) -> None:
+def _leave(world: World, error: str) -> NoReturn:
     """Record `error` and end the process: a clean shutdown could block on ranks that are gone."""
     try:
         first = world.watchdog.record(error)
     except Exception:
         first = error
         log.error("%s", error)
-    record_for_torchrun(first)
-    logging.shutdown()
-    os._exit(1)
+    world.watchdog.abort(first)

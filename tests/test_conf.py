@@ -79,6 +79,7 @@ def test_missing_mode_lists_the_modes():
         (["trainer.warmup_fraction=2"], r"in \[0, 1\]"),
         (["trainer.max_grad_norm=0"], "above 0"),
         (["trainer.lr=nan"], "trainer.lr=nan"),
+        (["seed=-1"], "seed=-1 must be at least 0"),
         (["limit.step_s=0"], "limit.step_s=0.0 must be above 0"),
     ],
 )

@@ -46,8 +46,15 @@ def test_metrics_file_drops_lines_past_the_step_that_a_run_resumes_from(tmp_path
     assert [(row["step"], row["train/loss"]) for row in rows] == [(10, 1.0), (20, 2.0), (30, 9.0)]
 
 
+def test_values_that_are_not_finite_are_null_in_the_file(tmp_path):
+    tracker = JsonlTracker(tmp_path / "metrics.jsonl", first_step=0)
+    tracker.log(1, {"train/grad_norm": float("nan")})
+    tracker.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert row["train/grad_norm"] is None
+
+
 def test_missing_tracker_package_names_the_install_command(tmp_path):
-    pytest.importorskip("torch")
     try:
         import wandb  # noqa: F401
     except ImportError:

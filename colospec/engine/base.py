@@ -84,7 +84,7 @@ def open_engine(
     max_tokens: int,
     max_sequences: int,
 ) -> Engine:
-    """Start the engine that `config` asks for; auto is sglang on CUDA and hf on the CPU.
+    """Start the engine that `config` asks for; auto is sglang on CUDA where it is registered.
 
     Raises ValueError for an engine that is not there or cannot serve these settings, and for aux
     layers that the target does not have; RuntimeError where its package is missing.
@@ -92,9 +92,11 @@ def open_engine(
     _check_spec(spec, target)
     name = config.name
     if name is EngineName.auto:
-        name = EngineName.sglang if device.type == "cuda" else EngineName.hf
+        name = EngineName.hf
+        if device.type == "cuda" and EngineName.sglang.value in _FACTORIES:
+            name = EngineName.sglang
     if name.value not in _FACTORIES:
-        raise ValueError(_missing(name.value, chosen_by_auto=config.name is EngineName.auto))
+        raise ValueError(_missing(name.value))
     return _FACTORIES[name.value](
         EngineSettings(
             config=config,
@@ -123,9 +125,9 @@ def _check_spec(spec: FeatureSpec, target: Target) -> None:
         )
 
 
-def _missing(name: str, *, chosen_by_auto: bool) -> str:
+def _missing(name: str) -> str:
     known = ", ".join(sorted(_FACTORIES))
-    asked = f"engine={name}" + (" (chosen by engine=auto on CUDA)" if chosen_by_auto else "")
+    asked = f"engine={name}"
     if name == EngineName.sglang.value and importlib.util.find_spec("sglang") is None:
         return (
             f"{asked} needs the package sglang: pip install 'colospec[sglang]', or run the target "

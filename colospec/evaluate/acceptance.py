@@ -113,6 +113,11 @@ class Acceptance:
         """Whether greedy output equals plain output; None if it was not compared."""
         return None if self.divergences is None else not self.divergences
 
+    def forwards_saved(self, plain: PlainOutput) -> float:
+        """Share of the target's forward passes per token that plain decoding needs and this not."""
+        ours = self.num_target_forwards / self.num_tokens
+        return 1 - ours / (plain.num_forwards / plain.num_tokens)
+
     def to_dict(self, plain: PlainOutput | None) -> dict[str, Any]:
         """Return all numbers, ready for JSON; with `plain` also the comparison with it."""
         values: dict[str, Any] = {
@@ -131,13 +136,10 @@ class Acceptance:
         }
         if plain is not None:
             plain_tokens_per_s = plain.num_tokens / plain.seconds
-            saved = 1 - (self.num_target_forwards / self.num_tokens) / (
-                plain.num_forwards / plain.num_tokens
-            )
             values |= {
                 "plain_tokens_per_s": plain_tokens_per_s,
                 "speedup": self.tokens_per_s / plain_tokens_per_s,
-                "target_forwards_saved": saved,
+                "target_forwards_saved": self.forwards_saved(plain),
             }
         return values
 

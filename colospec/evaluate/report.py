@@ -40,12 +40,12 @@ UNTRAINED_SEED = 1
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """How much to measure; chain_length None takes the draft's ttt_length."""
+    """How much to measure."""
 
     num_prompts: int = 16
     prompt_tokens: int = 64
     max_new_tokens: int = 64
-    chain_length: int | None = None
+    chain_length: int = 5
     temperature: float = 1.0
 
 
@@ -96,7 +96,7 @@ def report_run(
         _prompts(eval_path, tokenizer, settings.num_prompts, settings.prompt_tokens),
         DecodingSettings(
             max_new_tokens=settings.max_new_tokens,
-            chain_length=settings.chain_length or trained.config.ttt_length,
+            chain_length=settings.chain_length,
             temperature=settings.temperature,
         ),
         losses=losses,

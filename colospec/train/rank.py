@@ -31,6 +31,8 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
         world.agree("configuration", repr(plain(run)))
         if world.place.gpu is not None:
             torch.cuda.set_device(world.device)
+            share = getattr(run.memory, f"{world.place.role.value}_fraction")
+            torch.cuda.set_per_process_memory_fraction(share, world.device)
         _announce(run, topology, directory, world)
         world.watchdog.before_abort = lambda: _remove_half_checkpoints(directory, world)
         world.phase("load", run.limit.load_s)

@@ -183,12 +183,13 @@ class Trainer:
             times.mark("wait")
             with lease:
                 check_lease(lease, tokens)
-                terms = self.draft(FeatureBatch(tokens, lease.features), context)
+                features = lease.features.to(self.world.device)
+                terms = self.draft(FeatureBatch(tokens, features), context)
                 times.mark("forward")
                 terms.loss.backward()
                 times.mark("backward")
             self._batch_sums.add(terms.metrics)
-            del terms
+            del terms, features
         self._update(step)
         times.mark("optimizer")
 

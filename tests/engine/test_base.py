@@ -49,9 +49,9 @@ def test_auto_is_hf_on_a_cpu(target: Target) -> None:
 @pytest.mark.skipif(
     importlib.util.find_spec("sglang") is not None, reason="wants a machine without sglang"
 )
-def test_auto_on_cuda_without_sglang_says_what_to_install(target: Target) -> None:
+def test_sglang_that_is_not_installed_says_what_to_install(target: Target) -> None:
     with pytest.raises(ValueError, match=r"pip install 'colospec\[sglang\]'.*engine=hf"):
-        start(target, EngineConfig(), device="cuda")
+        start(target, EngineConfig(name=EngineName.sglang), device="cuda")
 
 
 def test_hf_refuses_tensor_parallelism(target: Target) -> None:

@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_report_compares_three_drafters_and_writes_files(run: Run) -> None:
-    settings = ReportSettings(num_prompts=2, prompt_tokens=8, max_new_tokens=6)
+    settings = ReportSettings(num_prompts=2, prompt_tokens=8, max_new_tokens=6, chain_length=2)
 
     result = report_run(
         run.directory, run.target, train_path=run.data, eval_path=run.data, settings=settings
