@@ -38,7 +38,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP) lint types  ## Lint, types and all tests that need no GPU
-	$(BIN)/python -m pytest --durations=25
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --durations=25
 
 test-gpu: $(STAMP)  ## The tests that need GPUs; those that lack one say so
 	$(BIN)/python -m pytest -m "gpu or multi_gpu"

@@ -253,7 +253,7 @@ class LimitConfig:
     load_s: float = 1800.0
     """Until data and models are loaded (the demo target is built in this phase)."""
     step_s: float = 300.0
-    """Without a finished micro-batch."""
+    """Waiting for the other role; twice as long for a rank that finishes no micro-batch at all."""
     checkpoint_s: float = 900.0
     """Without a committed checkpoint while the end of the run waits for one."""
 

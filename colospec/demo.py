@@ -5,7 +5,6 @@ text that every machine with Python has, the sources of the standard library. It
 kept in the user's cache; any number of processes may ask for it at the same time.
 
     python -m colospec.demo                       # target, data, training, report
-    python -m colospec.demo trainer.lr=3e-4       # the same with other settings of the run
     python -m colospec.demo --report RUN_DIR      # the report of a finished run
 """
 
@@ -41,11 +40,12 @@ from colospec.evaluate.report import ReportSettings, report_run
 from colospec.log import console, to_console
 from colospec.target import Target
 
-log = logging.getLogger(__name__)
+# Not __name__, which is __main__ for `python -m colospec.demo`.
+log = logging.getLogger("colospec.demo")
 
 VOCAB_SIZE = 2048
 NUM_STEPS = 400
-MAX_SECONDS = 90.0
+MAX_SECONDS = 75.0
 BATCH_SIZE = 8
 WINDOW = 256
 MATRIX_LEARNING_RATE = 0.03
@@ -58,12 +58,9 @@ NUM_TRAIN_ROWS = 4000
 NUM_EVAL_ROWS = 64
 PIECE_CHARS = (300, 1000)
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-# Tables, documentation as strings, and packages that many systems leave out.
-NOT_CODE = (
-    *("encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
-    *("tkinter", "turtledemo"),
-)
-
+# Folders that hold tables and grammars, and those that many systems leave out.
+TABLES = ("encodings", "lib2to3", "pydoc_data")
+OPTIONAL = ("ensurepip", "idlelib", "site-packages", "tkinter", "turtledemo")
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -82,8 +79,7 @@ class DemoData:
 
 def target_config() -> dict[str, Any]:
     """Return the target's config.json, as known without building it."""
-    config: dict[str, Any] = _config().to_dict()
-    return config
+    return dict(_config().to_dict())
 
 
 def target_directory(cache_dir: Path | str | None = None) -> Path:
@@ -134,7 +130,7 @@ def _version_directory(cache_dir: Path | str | None) -> Path:
     recipe = (
         _config().to_json_string(use_diff=False),
         (NUM_STEPS, BATCH_SIZE, WINDOW, MATRIX_LEARNING_RATE, LEARNING_RATE),
-        (CHAT_TEMPLATE, SPECIAL_TOKENS, NOT_CODE),
+        (CHAT_TEMPLATE, SPECIAL_TOKENS, TABLES, OPTIONAL),
         (NUM_HELD_OUT_FILES, NUM_TOKENIZER_FILES, NUM_TRAIN_ROWS, NUM_EVAL_ROWS, PIECE_CHARS),
         platform.python_version(),
     )
@@ -195,13 +191,13 @@ def _config() -> Any:
 def _sources() -> tuple[list[Path], list[Path]]:
     """Return the standard library's files in a fixed random order: for training, and held out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [file for file in sorted(root.rglob("*.py")) if _is_code(file.relative_to(root))]
+    files = sorted(file for file in root.rglob("*.py") if _is_code(file.relative_to(root)))
     random.Random(0).shuffle(files)
     return files[NUM_HELD_OUT_FILES:], files[:NUM_HELD_OUT_FILES]
 
 
 def _is_code(file: Path) -> bool:
-    return not any("test" in part or part in NOT_CODE for part in file.parts)
+    return not any("test" in part or part in TABLES + OPTIONAL for part in file.parts)
 
 
 def _train_tokenizer(files: list[Path]) -> Any:
@@ -349,8 +345,9 @@ def _pieces(text: str, rng: random.Random) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the whole demo, or report on a run that was made before."""
-    parser = argparse.ArgumentParser(prog="python -m colospec.demo", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m colospec.demo", description="Make a target, train a draft, compare."
+    )
     parser.add_argument("--report", type=Path, metavar="RUN_DIR", help="only report on this run")
     parser.add_argument("overrides", nargs="*", help="settings of colospec.run, as trainer.lr=1e-3")
     options = parser.parse_args(arguments)
@@ -363,9 +360,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
-    """Evaluate the draft of a run on the demo target, and print the table and where it is kept."""
+    """Evaluate the draft of a run on the demo target; print the table and where it is kept."""
     data, target = ensure_data(), Target.load(ensure_target())
     log.info("decoding held-out prompts with the trained draft, an untrained one, and a table")
+    # Threads would only wait for each other in so small a model.
+    torch.set_num_threads(1)
     result = report_run(
         run_dir,
         target,
@@ -375,8 +374,8 @@ def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
     )
     console.print(result.comparison.table())
     console.print(
-        "The demo's target is so small that drafting costs more time than it saves; the saved "
-        "forward passes are what counts with a large one."
+        "With so small a target drafting can cost more time than it saves; with a large one the "
+        "saved forward passes decide."
     )
     for file in (result.report, result.curves, run_dir / "export"):
         if file is not None:
@@ -384,15 +383,13 @@ def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
 
 
 def _train_draft(overrides: list[str]) -> Path:
-    """Train a draft in a job of its own, colocated with the target; return the run directory."""
+    """Train a draft in a job of its own; return the run directory."""
     given = [item.partition("=")[2] for item in overrides if item.startswith("run_dir=")]
     run_dir = Path(given[-1] if given else time.strftime("outputs/demo-%Y-%m-%d-%H-%M-%S"))
-    command = [sys.executable, "-m", "colospec.run", "+mode=colocate", "+experiment=demo"]
-    done = subprocess.run([*command, f"run_dir={run_dir}", *overrides], check=False)
+    choices = ["+mode=colocate", "+experiment=demo", f"run_dir={run_dir}", *overrides]
+    done = subprocess.run([sys.executable, "-m", "colospec.run", *choices], check=False)
     if done.returncode:
-        raise RuntimeError(
-            f"training failed with exit code {done.returncode}; see its messages above"
-        )
+        raise RuntimeError(f"training ended with exit code {done.returncode}; see above")
     return run_dir
 
 

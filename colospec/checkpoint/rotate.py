@@ -42,10 +42,15 @@ def rotate(directory: Path, *, newest: int, keep: int, best_metric: str) -> None
 
 def find_best(whole: list[Found], metric: str) -> Found | None:
     """Return the checkpoint with the best finite `metric`, the newest of equals; None without."""
-    sign = -1.0 if metric.endswith("_length") else 1.0
+    sign = -1.0 if is_higher_better(metric) else 1.0
     ranked = [
         (sign * value, -found.step, found)
         for found in whole
         if math.isfinite(value := found.manifest.metrics.get(metric, math.nan))
     ]
     return min(ranked, key=lambda entry: entry[:2])[2] if ranked else None
+
+
+def is_higher_better(metric: str) -> bool:
+    """Tell how `trainer.best_metric` is to be read: lengths should grow, all else should fall."""
+    return metric.endswith("_length")

@@ -1,7 +1,5 @@
-/* The functions of libcuda that a ring in GPU memory needs, loaded at first use.
- *
- * The build needs no CUDA toolkit and the import no GPU: types are declared here with the sizes of
- * the driver's ABI, and every symbol is the one that libcuda really exports.
+/* The functions of libcuda that a ring in GPU memory needs, loaded at first use: the build needs no
+ * CUDA toolkit and the import no GPU. Types have the sizes of the driver's ABI.
  */
 #ifndef COLOSPEC_CUDA_DRIVER_H
 #define COLOSPEC_CUDA_DRIVER_H
@@ -9,24 +7,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-typedef struct CUctx_st *cu_context;
 typedef struct CUstream_st *cu_stream;
 typedef uint64_t cu_pointer;
 typedef int cu_device;
 typedef struct {
     char bytes[64];
 } cu_ipc_handle;
-typedef struct {
-    char bytes[16];
-} cu_uuid;
 
 /* X(name in our table, symbol of libcuda, parameters); every function returns a CUresult. */
 #define CUDA_DRIVER_FUNCTIONS(X)                                                                   \
     X(init, cuInit, (unsigned flags))                                                              \
     X(get_error_string, cuGetErrorString, (int result, const char **text))                         \
-    X(get_current_context, cuCtxGetCurrent, (cu_context * context))                                \
     X(get_device_attribute, cuDeviceGetAttribute, (int *value, int attribute, cu_device device))   \
-    X(get_device_uuid, cuDeviceGetUuid_v2, (cu_uuid * uuid, cu_device device))                     \
     X(alloc_memory, cuMemAlloc_v2, (cu_pointer * pointer, size_t nbytes))                          \
     X(free_memory, cuMemFree_v2, (cu_pointer pointer))                                             \
     X(get_ipc_handle, cuIpcGetMemHandle, (cu_ipc_handle * handle, cu_pointer pointer))             \
@@ -42,14 +34,13 @@ typedef struct {
     X(launch_host_function, cuLaunchHostFunc,                                                      \
       (cu_stream stream, void (*function)(void *), void *data))
 
-struct cuda_driver {
+extern struct cuda_driver {
 #define DECLARE(name, symbol, parameters) int(*name) parameters;
     CUDA_DRIVER_FUNCTIONS(DECLARE)
 #undef DECLARE
-};
+} cuda_driver;
 
-/* Return the table, or NULL and a text that lives as long as the process. Not thread-safe: the
- * caller holds the GIL. */
-const struct cuda_driver *load_cuda_driver(const char **error);
+/* Fill in cuda_driver, under the GIL. Returns NULL, or a static text that says why not. */
+const char *load_cuda_driver(void);
 
 #endif

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SideState:
-    """What one side was last seen doing, for how long, and its waits in `acquire` so far."""
+    """What one side was last seen doing, for how long, and its waits for the other side so far."""
 
     phase: str
     age_s: float

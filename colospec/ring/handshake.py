@@ -27,10 +27,14 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """What a side tells the other. An engine names its files; a trainer may leave an `error`."""
+    """What a side tells the other. An engine names its files; a trainer may leave an `error`.
+
+    `ring_id` is the engine's, repeated by the trainer: keys of an earlier ring are not mistaken.
+    """
 
     process: Process
     agreement: Agreement
+    ring_id: str = ""
     control_fd: int = -1
     payload_fd: int = -1
     error: str | None = None
@@ -44,12 +48,16 @@ class Offer:
         """Parse; raises Corrupt for anything that `to_bytes` cannot have written."""
         try:
             fields: dict[str, Any] = json.loads(raw)
-            agreement = dict(fields.pop("agreement"))
+            agreement = dict(fields["agreement"])
             tensors = tuple((str(n), str(d), int(w)) for n, d, w in agreement.pop("tensors"))
+            error = fields["error"]
             return cls(
-                process=Process(**fields.pop("process")),
+                process=Process.parse(fields["process"]),
                 agreement=Agreement(tensors=tensors, **agreement),
-                **fields,
+                ring_id=str(fields["ring_id"]),
+                control_fd=int(fields["control_fd"]),
+                payload_fd=int(fields["payload_fd"]),
+                error=None if error is None else str(error),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Corrupt(
@@ -85,6 +93,15 @@ def compare(pair: str, *, engine: Agreement, trainer: Agreement) -> None:
         f"engine and trainer of ring {pair} differ in {', '.join(names)}; {hint}\n"
         f"  engine:  {engine}\n  trainer: {trainer}"
     )
+
+
+def raise_stale(pair: str, offer: Offer, reply: Offer) -> None:
+    """Raise RuntimeError if the trainer answers another offer than ours."""
+    if reply.ring_id not in (offer.ring_id, ""):
+        raise RuntimeError(
+            f"the job's store holds a trainer's answer to an earlier ring {pair}; open each pair "
+            "once per job, or give it another name"
+        )
 
 
 def raise_refusal(pair: str, reply: Offer) -> None:

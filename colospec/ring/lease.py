@@ -82,6 +82,11 @@ class LeaseBook:
         self._release = release
         self._held: deque[tuple[SlotLease, Slot]] = deque()
 
+    @property
+    def num_held(self) -> int:
+        """Slots taken and not yet given back."""
+        return len(self._held)
+
     def lease(self, cursor: Cursor, digest: int, slot: Slot, num_tokens: int) -> SlotLease:
         """Hand out the slot that was taken last."""
         features = slot.features(num_tokens)

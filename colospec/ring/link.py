@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 from colospec import _ring
 from colospec.ring.errors import (
@@ -39,13 +40,24 @@ class Link:
         self._num_slots = len(slots)
         self._pidfd = pidfd
         self._last_state: RingState | None = None
-        ring.watch(pidfd)
+        self._opener = os.getpid()
+        self._is_waiting = False
 
     @property
     def ring(self) -> _ring.Ring:
-        """The C object. Raises Closed after `close`."""
+        """The C object. Raises Closed after `close`, and RuntimeError where it must not be used."""
         if self._ring is None:
             raise Closed("this side has closed the ring", self._last_state)
+        if os.getpid() != self._opener:
+            raise RuntimeError(
+                f"ring {self._pair} was opened by process {self._opener}, and this is its child "
+                f"{os.getpid()}; use a ring in the process that opened it"
+            )
+        if self._is_waiting:
+            raise RuntimeError(
+                f"ring {self._pair} is waiting for the {self._peer} already; use each side from "
+                "one thread, and set a flag in signal handlers instead of using the ring there"
+            )
         return self._ring
 
     def require_open(self) -> None:
@@ -56,23 +68,34 @@ class Link:
     def is_open(self) -> bool:
         return self._ring is not None
 
-    def acquire(self, timeout_s: float) -> tuple[int, object]:
-        """Wait for a slot; return (_ring.READY or _ring.END, detail), or raise what hinders."""
-        status, detail = self.ring.acquire(timeout_s)
+    def wait(self, timeout_s: float, held: int = 0) -> tuple[int, int, bytes]:
+        """Wait for the other side; return status, slot and note or text. `held`: slots in use."""
+        ring = self.ring
+        self._is_waiting = True
+        try:
+            return ring.wait(timeout_s, held, self._pidfd)
+        finally:
+            self._is_waiting = False
+
+    def acquire(self, timeout_s: float, held: int = 0) -> tuple[int, bytes] | None:
+        """Wait for a slot; return it and its note, None for END, or raise what hinders."""
+        status, slot, detail = self.wait(timeout_s, held)
         if status == _ring.AGAIN:
             raise RingTimeout(
                 f"the {self._peer} {_AWAITED[self._peer]} within {timeout_s:g} s", self.state()
             )
-        if status in (_ring.READY, _ring.END):
-            return status, detail
-        raise self._error(status, detail)
+        if status == _ring.END:
+            return None
+        if status != _ring.READY:
+            raise self._error(status, detail.decode(errors="replace"))
+        return slot, detail
 
     def require(self, status: int) -> None:
         """Raise unless a publication or a release has worked."""
         if status != _ring.READY:
             raise self._error(status, "this side's own counter, overwritten by something else")
 
-    def _error(self, status: int, detail: object) -> RingError:
+    def _error(self, status: int, detail: str) -> RingError:
         state = self.state()
         if status == _ring.CLOSED:
             return Closed("the trainer has closed the ring and wants no more", state)
@@ -81,8 +104,12 @@ class Link:
                 f"the {self._peer}'s process has died; all that it published is delivered", state
             )
         if status == _ring.ERROR:
-            return PeerFailed(f"the {self._peer} failed", str(detail), state)
-        return Corrupt(f"the ring's shared memory is damaged: {detail}", state)
+            return PeerFailed(f"the {self._peer} failed", detail, state)
+        return self.corrupt(detail)
+
+    def corrupt(self, what: str) -> Corrupt:
+        """Make the error for shared memory that holds something impossible."""
+        return Corrupt(f"the ring's shared memory is damaged: {what}", self.state())
 
     def state(self) -> RingState:
         """Look at both sides; after `close`, what was seen last."""
@@ -105,7 +132,7 @@ class Link:
         os.close(self._pidfd)
 
 
-def _side(raw: tuple[int, float, float], phases: tuple[str, ...]) -> SideState:
-    phase, age_s, wait_s = raw
+def _side(raw: tuple[int, int, int], phases: tuple[str, ...]) -> SideState:
+    phase, since_ns, wait_ns = raw
     name = phases[phase] if phase < len(phases) else f"in a damaged phase ({phase})"
-    return SideState(name, age_s, wait_s)
+    return SideState(name, (time.monotonic_ns() - since_ns) * 1e-9, wait_ns * 1e-9)

@@ -58,7 +58,7 @@ class _Slots:
         ]
         self.num_slots = num_slots
         self.headers: dict[int, tuple[Cursor, int, Slot, int]] = {}
-        """Sequence number -> cursor, digest, slot, number of tokens; of slots not yet taken."""
+        """Sequence number -> cursor, digest, slot, number of tokens; of slots not yet released."""
         self.published = 0
         self.released = 0
         self.has_ended = False
@@ -73,6 +73,8 @@ class _Slots:
 
     def release(self, count: int) -> None:
         """Free the oldest slots taken."""
+        for seq in range(self.released, self.released + count):
+            del self.headers[seq]
         self.released += count
         self.enter("trainer", "working")
 
@@ -124,6 +126,8 @@ class LocalWriter:
             raise RuntimeError("publish without acquire")
         tokens, self._filling = self._filling, None
         slots = self._slots
+        if slots.has_ended:
+            raise RuntimeError(f"publish of {tokens.cursor} after fail")
         slots.headers[slots.published] = (
             tokens.cursor, tokens.digest, slots.slot(slots.published), tokens.num_tokens,
         )  # fmt: skip
@@ -131,11 +135,14 @@ class LocalWriter:
         slots.enter("engine", "working")
 
     def end(self) -> None:
-        """Say that no micro-batch follows those published."""
+        """Say that no micro-batch follows those published. Without effect after `fail`."""
+        self._require_open()
+        if self._filling is not None and not self._slots.has_ended:
+            raise RuntimeError(f"end: {self._filling.cursor} is not yet published")
         self._leave(None)
 
     def fail(self, error: str) -> None:
-        """Leave `error` to the trainer. Without effect after `end` or an earlier `fail`."""
+        """Leave `error` to the trainer. Without effect after `end`, `close` or an earlier one."""
         self._leave(error)
 
     def close(self) -> None:
@@ -150,7 +157,6 @@ class LocalWriter:
         return self._slots.state()
 
     def _leave(self, error: str | None) -> None:
-        self._require_open()
         if not self._slots.has_ended:
             self._slots.has_ended = True
             self._slots.error = error
@@ -166,7 +172,6 @@ class LocalReader:
 
     def __init__(self, slots: _Slots, *, copies: bool, poison: bool) -> None:
         self._slots = slots
-        self._taken = 0
         self._book = LeaseBook(copies=copies, poison=poison, release=slots.release)
 
     def acquire(self, *, timeout_s: float) -> SlotLease | None:
@@ -174,10 +179,10 @@ class LocalReader:
         slots = self._slots
         if slots.is_closed:
             raise Closed("this side has closed the ring", slots.state())
-        if self._taken < slots.published:
-            seq, self._taken = self._taken, self._taken + 1
+        seq = slots.released + self._book.num_held
+        if seq < slots.published:
             slots.enter("trainer", "using a slot")
-            return self._book.lease(*slots.headers.pop(seq))
+            return self._book.lease(*slots.headers[seq])
         if slots.error is not None:
             raise PeerFailed("the engine failed", slots.error, slots.state())
         if slots.has_ended:

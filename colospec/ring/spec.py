@@ -6,27 +6,21 @@ T is the number of tokens of the micro-batch in the slot, at most `max_tokens`.
 from __future__ import annotations
 
 import mmap
+import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import colospec
 from colospec import _ring
-from colospec.batch import Features, FeatureSpec, TensorSpec, TokenBatch
+from colospec.batch import Cursor, Features, FeatureSpec, TensorSpec, TokenBatch
 
-# Codes of the control block (ABI 1): never renumber, only append.
-DTYPE_CODES = {
-    torch.float32: 1,
-    torch.float16: 2,
-    torch.bfloat16: 3,
-    torch.float64: 4,
-    torch.float8_e4m3fn: 5,
-    torch.float8_e5m2: 6,
-    torch.uint8: 7,
-    torch.int32: 8,
-    torch.int64: 9,
-}
+ALIGNMENT = 256
+"""Of a tensor in its slot, in bytes."""
+
+MAX_SLOTS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,27 +41,25 @@ class SlotLayout:
 
     @classmethod
     def plan(cls, spec: FeatureSpec, max_tokens: int) -> SlotLayout:
-        """Lay the tensors of `spec` end to end. Raises ValueError for a dtype without a code."""
+        """Lay the tensors of `spec` end to end. Raises ValueError where a row would be empty."""
         if max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens} must be at least 1; raise data.token_budget")
         rows, offset = [], 0
         for tensor in spec.tensors():
-            if tensor.dtype not in DTYPE_CODES:
-                known = ", ".join(dtype_name(dtype) for dtype in DTYPE_CODES)
-                raise ValueError(f"{tensor.name} is {tensor.dtype}; a ring carries {known}")
             if tensor.width < 1:
                 raise ValueError(f"{tensor.name} has width {tensor.width}; it must be at least 1")
             rows.append(Row(tensor, offset))
             offset += _aligned(max_tokens * tensor.width * tensor.dtype.itemsize)
         return cls(tuple(rows), max_tokens, offset)
 
-    def table(self) -> tuple[tuple[str, int, int, int, int], ...]:
-        """Return the rows in the form that `_ring.Ring` takes."""
-        return tuple(
-            (row.spec.name, DTYPE_CODES[row.spec.dtype], row.spec.dtype.itemsize, row.spec.width,
-             row.offset)
+    def label(self, max_sequences: int, ring_id: str) -> bytes:
+        """Describe the slots of the ring `ring_id`, for the head of its control block."""
+        table = " ".join(
+            f"{row.spec.name}:{dtype_name(row.spec.dtype)}[{row.spec.width}]@{row.offset}"
             for row in self.rows
-        )  # fmt: skip
+        )
+        text = f"{ring_id} {self.max_tokens}/{max_sequences} {self.slot_bytes} {table}"
+        return text.encode()
 
     def slots(self, memory: mmap.mmap, num_slots: int) -> list[Slot]:
         """View `memory` (num_slots * slot_bytes, host) as slots; the views keep it alive."""
@@ -103,6 +95,43 @@ class Slot:
         self._memory.fill_(0xFF)
 
 
+class Note(NamedTuple):
+    """What the header of a slot says of its micro-batch; each an unsigned 64-bit integer."""
+
+    epoch: int
+    micro_batch: int
+    step: int
+    digest: int
+    num_tokens: int
+    num_sequences: int
+
+    @classmethod
+    def of(cls, tokens: TokenBatch) -> Note:
+        """Describe a micro-batch."""
+        epoch, micro_batch, step = (
+            tokens.cursor.epoch,
+            tokens.cursor.micro_batch,
+            tokens.cursor.step,
+        )
+        return cls(epoch, micro_batch, step, tokens.digest, tokens.num_tokens, tokens.num_sequences)
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(self.epoch, self.micro_batch, self.step)
+
+    def to_bytes(self) -> bytes:
+        """Write for `_ring.Ring.publish`."""
+        return _NOTE.pack(*self)
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Note:
+        """Read what `_ring.Ring.wait` returns."""
+        return cls(*_NOTE.unpack(raw))
+
+
+_NOTE = struct.Struct("=6Q")
+
+
 @dataclass(frozen=True)
 class Agreement:
     """What one side expects of the ring. Both sides' must be equal before step 0."""
@@ -125,15 +154,9 @@ class Agreement:
         """Collect this side's expectation."""
         rows = tuple((row.name, dtype_name(row.dtype), row.width) for row in spec.tensors())
         return cls(
-            colospec.__version__,
-            rows,
-            max_tokens,
-            max_sequences,
-            num_slots,
-            plan_digest,
-            gpu_uuid,
+            colospec.__version__, rows, max_tokens, max_sequences, num_slots, plan_digest, gpu_uuid,
             boot_id,
-        )
+        )  # fmt: skip
 
     def differences(self, other: Agreement) -> list[str]:
         """Return the names of the fields in which the two differ."""
@@ -161,10 +184,17 @@ def check_size(tokens: TokenBatch, max_tokens: int, max_sequences: int) -> None:
             )
 
 
+def control_bytes(num_slots: int) -> int:
+    """Return the size of a control block. Raises ValueError for a number that no ring has."""
+    if not 1 <= num_slots <= MAX_SLOTS:
+        raise ValueError(f"ring.num_slots={num_slots} must be in [1, {MAX_SLOTS}]")
+    return _ring.CONTROL_BYTES + num_slots * _ring.HEADER_BYTES
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the dtype's name without its module."""
     return str(dtype).removeprefix("torch.")
 
 
 def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ring.ALIGNMENT) * _ring.ALIGNMENT
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT

@@ -62,7 +62,7 @@ def _be_engine(job: Job, world: World) -> None:
         plan_digest=job.plan.digest,
         timeout_s=world.limit.load_s,
     )
-    world.phase("capture", world.limit.step_s)
+    world.phase("capture", 2 * world.limit.step_s)
     try:
         produce(job, world, engine, sink, start)
     except Exception as error:
@@ -96,7 +96,7 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
             timeout_s=world.limit.load_s,
             lease=run.ring.lease.value,
         )
-    world.phase("train", world.limit.step_s)
+    world.phase("train", 2 * world.limit.step_s)
     trainer.finish(trainer.train(source))
 
 

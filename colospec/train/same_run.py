@@ -10,7 +10,7 @@ from colospec.train.provenance import plain
 # What may differ when a run goes on: where, how long and how often, but not what is learnt.
 _MAY_CHANGE = {
     "mode", "run_dir", "resume", "dry_run", "launch", "topology", "tracker", "limit", "memory",
-    "ring", "engine", "target.path", "data.path", "data.cache_dir", "data.num_workers",
+    "ring", "engine", "data.path", "data.cache_dir", "data.num_workers",
     "data.max_filtered_fraction", "trainer.max_steps", "trainer.epochs", "trainer.log_interval",
     "trainer.save_interval", "trainer.keep", "trainer.best_metric", "trainer.accumulation",
     "trainer.max_skipped_steps", "trainer.init_from",

@@ -20,7 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
 from colospec.batch import FeatureBatch, FeatureSource
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.export import export_draft, load_weights
+from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
+from colospec.checkpoint.rotate import is_higher_better
 from colospec.data.pack import Step
 from colospec.draft import registry
 from colospec.draft.base import StepContext
@@ -80,17 +82,18 @@ class Trainer:
         self.position = Start()
         self.last_metrics: dict[str, float] = {}
         self._batch_sums, self._step_sums = Sums(), Sums()
-        self._bad_steps = torch.zeros((), device=world.device)
+        self._bad_steps = 0
 
     def resume(self) -> Start:
         """Load the newest good checkpoint, if there is one, and return where to go on."""
         found = self.checkpointer.choose(self.job.run.resume)
         if found is None:
             return self.position
+        saved = open_checkpoint(found, contents=False).manifest.meta
+        check_same_run(self.job.run, saved["run"], self.job.plan.digest, saved["plan"])
         model, optimizer = get_state_dict(self.draft, self.optimizer)
         state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": self._rng()}
         meta = self.checkpointer.load(found, state)
-        check_same_run(self.job.run, meta["run"], self.job.plan.digest, meta["plan"])
         set_state_dict(
             self.draft,
             self.optimizer,
@@ -199,8 +202,8 @@ class Trainer:
         set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, config))
         norm = clip_gradients(self.draft.parameters(), config.max_grad_norm)
         bad = (~torch.isfinite(norm)).float()
-        self._bad_steps = (self._bad_steps + bad) * bad
         if bad.item():
+            self._bad_steps += 1
             log.warning("step %d skipped: gradient norm %s", step.step, norm.item())
             if self._bad_steps >= config.max_skipped_steps:
                 raise RuntimeError(
@@ -209,6 +212,7 @@ class Trainer:
                     "resume from an earlier checkpoint"
                 )
         else:
+            self._bad_steps = 0
             self.optimizer.step()
         self.optimizer.zero_grad()
         one = torch.ones((), device=norm.device)
@@ -222,6 +226,7 @@ class Trainer:
         values |= self._step_sums.fetch(reduce=dist.all_reduce)
         if values:
             self.last_metrics = reporter.report(self.position.step, values, times, source)
+            check_best_metric(self.job.run.trainer.best_metric, list(values))
             times.clear()
 
     def _rng(self) -> dict[str, Tensor]:
@@ -250,15 +255,27 @@ class Trainer:
         }
 
     def _write_result(self) -> None:
+        name = self.job.run.trainer.best_metric
+        value = self.last_metrics[name]
         result = {
-            "objective": self.last_metrics[self.job.run.trainer.best_metric],
-            "objective_name": self.job.run.trainer.best_metric,
+            "objective": -value if is_higher_better(name) else value,
+            "objective_name": name,
             "steps": self.position.step,
             "metrics": self.last_metrics,
         }
         temporary = self.run_dir / "result.json.tmp"
         temporary.write_text(json.dumps(result, indent=2) + "\n")
         temporary.rename(self.run_dir / "result.json")
+
+
+def check_best_metric(name: str, names: list[str]) -> None:
+    """Raise ValueError, at the first report and not at the end, for a metric that is never there.
+
+    `names` are those of the window, without their prefix.
+    """
+    known = [f"train/{one}" for one in names] + ["train/simulated_acceptance_length"]
+    if name not in known:
+        raise ValueError(f"trainer.best_metric={name} is no metric; there are {', '.join(known)}")
 
 
 class StopVote:

@@ -32,7 +32,8 @@ class Untrained:
 
 def make_untrained(path: Path, *, seed: int, family: str = "Qwen3", **changes: object) -> Untrained:
     """Save a random target, and build an untrained draft that speaks half of its vocabulary."""
-    target = Target.load(targets.save(path, family, seed=seed, head_dim=12, **changes))
+    settings = {"head_dim": 12, "eos_token_id": None} | changes
+    target = Target.load(targets.save(path, family, seed=seed, **settings))
     config = Eagle3Config(ttt_length=3, draft_vocab_size=max(2, target.vocab_size // 2))
     counts = torch.rand(target.vocab_size)
     model = registry.build(config, target, token_counts=counts)

@@ -44,7 +44,12 @@ def test_plain_decoding_is_that_of_transformers(untrained: Untrained, random_see
 
     for prompt, output, gaps in zip(prompts, plain.outputs, plain.top2_gaps, strict=True):
         expected = model.generate(
-            prompt[None], max_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0
+            prompt[None],
+            attention_mask=torch.ones_like(prompt[None]),
+            max_new_tokens=15,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         # Where the two largest logits are this close, rounding may choose.
         sure = next((i for i, gap in enumerate(gaps) if gap < 1e-3), len(gaps))

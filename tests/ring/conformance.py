@@ -228,6 +228,29 @@ class Conformance:
         with pytest.raises(RuntimeError, match="not yet published"):
             sink.acquire(random_tokens(1, num_tokens=3), timeout_s=SHORT_S)
 
+    def test_publish_after_a_failure_is_refused_and_not_delivered(self, pair):
+        sink, source = pair()
+        sink.acquire(random_tokens(0, num_tokens=3), timeout_s=SHORT_S)
+        sink.fail("kernel crashed")
+        with pytest.raises(RuntimeError, match="after fail"):
+            sink.publish()
+        with pytest.raises(PeerFailed, match="kernel crashed"):
+            source.acquire(timeout_s=SHORT_S)
+
+    def test_end_with_an_unpublished_slot_is_refused(self, pair):
+        sink, _ = pair()
+        sink.acquire(random_tokens(0, num_tokens=3), timeout_s=SHORT_S)
+        with pytest.raises(RuntimeError, match="not yet published"):
+            sink.end()
+
+    def test_failure_after_close_does_not_hide_the_error_that_led_to_it(self, pair):
+        sink, source = pair()
+        source.close()
+        sink.close()
+        sink.fail("too late to matter")
+        with pytest.raises(Closed):
+            sink.end()
+
     def test_acquire_after_end_is_refused(self, pair):
         sink, _ = pair()
         sink.end()

@@ -11,9 +11,9 @@ import json
 import time
 
 from colospec import _ring
-from tests.ring.block import describe, make_block, open_both
+from tests.ring.block import describe, make_block, open_both, open_reader
 
-NUM_SLOTS, NUM_PUBLISHED, TEXT = 3, 2, "engine failed"
+NUM_SLOTS, NUM_PUBLISHED, TEXT = 3, 2, b"engine failed"
 PATTERNS = (0x01, 0x80, 0xFF)
 ERRORS = {_ring.CORRUPT: "corrupt", _ring.AGAIN: "timeout"}
 DEADLINE_S = 0.0005
@@ -22,20 +22,20 @@ DEADLINE_S = 0.0005
 def read(memory):
     """Drain as a trainer would; return what happened."""
     try:
-        reader = _ring.Ring(memory)
+        reader = open_reader(memory, NUM_SLOTS)
     except ValueError:
         return "refused"
     for index in range(NUM_PUBLISHED):
-        status, detail = reader.acquire(DEADLINE_S)
+        status, *detail = reader.wait(DEADLINE_S)
         if status in ERRORS:
             return ERRORS[status]
-        assert (status, detail) == (_ring.READY, (index % NUM_SLOTS, *describe(index)))
+        assert (status, *detail) == (_ring.READY, index % NUM_SLOTS, describe(index))
         if reader.release(1) == _ring.CORRUPT:
             return "corrupt"
-    status, detail = reader.acquire(DEADLINE_S)
+    status, _, text = reader.wait(DEADLINE_S)
     if status in ERRORS:
         return ERRORS[status]
-    assert (status, detail) == (_ring.ERROR, TEXT)
+    assert (status, text) == (_ring.ERROR, TEXT)
     return "unharmed"
 
 
@@ -43,7 +43,7 @@ def write(memory, writer, pristine, position, pattern):
     """Go on as an engine whose trainer has closed in the meantime."""
     memory[:] = pristine
     memory[position] ^= pattern
-    status = writer.wait_closed(DEADLINE_S)
+    status = writer.wait(DEADLINE_S)[0]
     if status in ERRORS:
         return ERRORS[status]
     assert status == _ring.CLOSED
@@ -54,13 +54,13 @@ def main():
     memory = make_block(NUM_SLOTS)
     writer, reader = open_both(memory, NUM_SLOTS)
     for index in range(NUM_PUBLISHED):
-        writer.publish(*describe(index))
-    writer.leave(_ring.RECORD_ERROR, TEXT.encode())
+        writer.publish(describe(index))
+    writer.leave(_ring.ERROR, TEXT)
     before_close = bytes(memory)
     for _ in range(NUM_PUBLISHED):
-        reader.acquire(0)
+        reader.wait(0)
         reader.release(1)
-    reader.leave(_ring.RECORD_CLOSE, b"")
+    reader.leave(_ring.CLOSED, b"")
     after_close = bytes(memory)
 
     outcomes = {"read": collections.Counter(), "write": collections.Counter()}

@@ -13,7 +13,7 @@ import sys
 import time
 
 from colospec import _ring
-from tests.ring.block import SLOT_BYTES, describe, geometry
+from tests.ring.block import SLOT_BYTES, block_bytes, describe, open_reader, open_writer
 
 PATIENCE_S = 20.0
 
@@ -28,48 +28,48 @@ def report(**facts):
 
 def be_engine(num_slots, fail_after):
     files = [os.memfd_create(name, os.MFD_CLOEXEC) for name in ("control", "payload")]
-    sizes = (_ring.control_bytes(num_slots), num_slots * SLOT_BYTES)
+    sizes = (block_bytes(num_slots), num_slots * SLOT_BYTES)
     for fd, nbytes in zip(files, sizes, strict=True):
         os.ftruncate(fd, nbytes)
     control, payload = (mmap.mmap(fd, size) for fd, size in zip(files, sizes, strict=True))
-    ring = _ring.Ring(control, geometry(num_slots))
+    ring = open_writer(control, num_slots)
     report(pid=os.getpid(), files=files, num_slots=num_slots)
-    ring.watch(os.pidfd_open(int(sys.stdin.readline())))
+    pidfd = os.pidfd_open(int(sys.stdin.readline()))
     index = 0
     while index != fail_after:
-        status, slot = ring.acquire(PATIENCE_S)
+        status, slot, _ = ring.wait(PATIENCE_S, 0, pidfd)
         if status != _ring.READY:
             return report(side="engine", status=status, count=index, at=time.monotonic())
         payload[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES] = stamp(index)
-        ring.publish(*describe(index))
+        ring.publish(describe(index))
         index += 1
-    ring.leave(_ring.RECORD_ERROR, f"failed on purpose after {index}".encode())
-    return report(side="engine", status=ring.wait_closed(PATIENCE_S), at=time.monotonic())
+    ring.leave(_ring.ERROR, f"failed on purpose after {index}".encode())
+    status = ring.wait(PATIENCE_S, 0, pidfd)[0]
+    return report(side="engine", status=status, at=time.monotonic())
 
 
 def be_trainer(pid, files, num_slots):
-    sizes = (_ring.control_bytes(num_slots), num_slots * SLOT_BYTES)
+    sizes = (block_bytes(num_slots), num_slots * SLOT_BYTES)
     opened = [os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR) for fd in files]
     control, payload = (mmap.mmap(fd, size) for fd, size in zip(opened, sizes, strict=True))
-    ring = _ring.Ring(control)
-    ring.watch(os.pidfd_open(pid))
+    ring = open_reader(control, num_slots)
+    pidfd = os.pidfd_open(pid)
     report(pid=os.getpid())
     index, wrong = 0, 0
     while True:
-        status, detail = ring.acquire(PATIENCE_S)
+        status, slot, detail = ring.wait(PATIENCE_S, 0, pidfd)
         if status != _ring.READY:
             break
-        slot = detail[0]
         found = payload[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES]
-        wrong += (detail[1:], found) != (describe(index), stamp(index))
+        wrong += (detail, found) != (describe(index), stamp(index))
         index += 1
         ring.release(1)
     published = ring.state()[0]
     report(
         side="trainer", status=status, count=index, lost=published - index, wrong=wrong,
-        at=time.monotonic(), text=detail,
+        at=time.monotonic(), text=detail.decode(),
     )  # fmt: skip
-    ring.leave(_ring.RECORD_CLOSE, b"")
+    ring.leave(_ring.CLOSED, b"")
 
 
 if __name__ == "__main__":

@@ -21,57 +21,61 @@ enum { NUM_SLOTS = 3, MAX_TOKENS = 16, WIDTH = 24 };
     } while (0)
 
 struct job {
-    struct ring_control *control;
+    struct ring_end writer;
+    uint64_t start_seq;
     uint32_t (*payload)[MAX_TOKENS * WIDTH];
     uint64_t total;
     uint64_t close_after; /* the reader leaves after so many slots; 0: never */
-    enum ring_record_kind last;
+    enum ring_status last;
 };
 
-static struct ring_control *make_control(uint64_t start_seq) {
-    size_t nbytes = ring_control_bytes(NUM_SLOTS);
-    struct ring_control *control = aligned_alloc(128, nbytes);
-    struct ring_geometry geometry = {.num_slots = NUM_SLOTS, .max_tokens = MAX_TOKENS};
-    uint64_t tensor_bytes = sizeof(uint32_t) * MAX_TOKENS * WIDTH;
+enum { CONTROL_BYTES = RING_CONTROL_BYTES + NUM_SLOTS * RING_HEADER_BYTES };
+
+struct note {
+    uint64_t index, digest, num_tokens, rest[3];
+};
+_Static_assert(sizeof(struct note) == RING_NOTE_BYTES, "a note fills its field");
+
+static const char *attach(struct ring_end *end, struct ring_control *control, bool is_writer,
+                          uint64_t start_seq) {
+    struct ring_geometry geometry = {
+        .num_slots = NUM_SLOTS, .start_seq = start_seq, .label = "features:float32[24]"};
+    return ring_open(end, control, CONTROL_BYTES, is_writer, &geometry);
+}
+
+/* The peers' threads may attach in any order, so the writer's end is made here. */
+static struct ring_control *make_control(struct ring_end *writer, uint64_t start_seq) {
+    struct ring_control *control = aligned_alloc(128, CONTROL_BYTES);
     CHECK(control != NULL);
-    memset(control, 0, nbytes);
-    geometry.slot_bytes = tensor_bytes;
-    geometry.max_sequences = MAX_TOKENS;
-    geometry.start_seq = start_seq;
-    geometry.num_tensors = 1;
-    geometry.tensors[0] = (struct ring_tensor){"features", 1, 4, WIDTH, 0, tensor_bytes};
-    ring_format(control, &geometry);
+    memset(control, 0, CONTROL_BYTES);
+    CHECK(attach(writer, control, true, start_seq) == NULL);
     return control;
 }
 
-static struct ring_micro_batch describe(uint64_t index) {
-    return (struct ring_micro_batch){index / 7,  index,    index / 2, index * 0x9e3779b97f4a7c15u,
-                                     index % 17, index % 5};
+static struct note describe(uint64_t index) {
+    return (struct note){index, index * 0x9e3779b97f4a7c15u, index % 17, {0}};
 }
 
-static enum ring_status wait_long(struct ring_end *end, ring_check *check) {
-    return ring_wait(end, check, ring_now_ns() + 60000000000u);
+static enum ring_status wait_long(struct ring_end *end) {
+    return ring_wait(end, ring_now_ns() + 60000000000u);
 }
 
 static void *write_all(void *argument) {
     struct job *job = argument;
-    struct ring_end end;
-    CHECK(ring_open(&end, job->control, ring_control_bytes(NUM_SLOTS), true) == NULL);
+    struct ring_end end = job->writer;
     for (uint64_t index = 0; index < job->total; index++) {
-        enum ring_status status = wait_long(&end, ring_check_free);
+        enum ring_status status = wait_long(&end);
         if (status == RING_CLOSED && job->close_after)
             return NULL;
         CHECK(status == RING_READY);
-        struct ring_micro_batch what = describe(index);
+        struct note note = describe(index);
         uint32_t *slot = job->payload[ring_slot_of(&end, end.published)];
-        for (uint64_t i = 0; i < what.num_tokens * WIDTH; i++)
+        for (uint64_t i = 0; i < note.num_tokens * WIDTH; i++)
             slot[i] = (uint32_t)(index * 31 + i);
-        ring_stage(&end, &what);
-        CHECK(ring_publish(&end) == RING_READY);
+        CHECK(ring_publish(&end, (const char *)&note) == RING_READY);
     }
-    ring_leave_record(&end, job->last, "boom", 4);
-    ring_set_phase(&end, RING_ENDED);
-    CHECK(wait_long(&end, ring_check_closed) == RING_CLOSED);
+    ring_leave(&end, job->last, "boom", 4);
+    CHECK(wait_long(&end) == RING_CLOSED);
     return NULL;
 }
 
@@ -80,98 +84,93 @@ static void *read_all(void *argument) {
     struct ring_end end;
     uint64_t index = 0;
     enum ring_status status;
-    CHECK(ring_open(&end, job->control, ring_control_bytes(NUM_SLOTS), false) == NULL);
-    while ((status = wait_long(&end, ring_check_full)) == RING_READY) {
-        struct ring_micro_batch expected = describe(index);
+    CHECK(attach(&end, job->writer.control, false, job->start_seq) == NULL);
+    while ((status = wait_long(&end)) == RING_READY) {
+        struct note expected = describe(index);
         uint32_t *slot = job->payload[ring_slot_of(&end, end.taken - 1)];
-        CHECK(memcmp(&end.header.what, &expected, sizeof expected) == 0);
+        CHECK(memcmp(end.header.note, &expected, sizeof expected) == 0);
         for (uint64_t i = 0; i < expected.num_tokens * WIDTH; i++)
             CHECK(slot[i] == (uint32_t)(index * 31 + i));
         memset(slot, 0xff, sizeof *job->payload);
         index++;
-        CHECK(ring_release(&end, 1) == RING_READY);
+        CHECK(ring_advance(&end, 1) == RING_READY);
         if (index == job->close_after)
             break;
     }
     if (!job->close_after) {
         CHECK(index == job->total);
-        CHECK(status == (job->last == RING_RECORD_END ? RING_END : RING_ERROR));
+        CHECK(status == job->last);
         CHECK(end.record.length == 4 && memcmp(end.record.text, "boom", 4) == 0);
     }
-    ring_leave_record(&end, RING_RECORD_CLOSE, "", 0);
+    ring_leave(&end, RING_CLOSED, "", 0);
     return NULL;
 }
 
-static void run_peers(struct job job, uint64_t start_seq) {
+static void run_peers(struct job job) {
     pthread_t writer, reader;
-    job.control = make_control(start_seq);
+    struct ring_control *control = make_control(&job.writer, job.start_seq);
     job.payload = calloc(NUM_SLOTS, sizeof *job.payload);
     pthread_create(&writer, NULL, write_all, &job);
     pthread_create(&reader, NULL, read_all, &job);
     pthread_join(writer, NULL);
     pthread_join(reader, NULL);
-    free(job.control);
+    free(control);
     free(job.payload);
 }
 
 static void read_damaged(struct ring_control *control) {
     struct ring_end end;
     int num_taken = 0;
-    if (ring_open(&end, control, ring_control_bytes(NUM_SLOTS), false) != NULL)
+    if (attach(&end, control, false, 0) != NULL)
         return;
-    while (ring_wait(&end, ring_check_full, 0) == RING_READY) {
+    while (ring_wait(&end, 0) == RING_READY) {
         CHECK(++num_taken <= NUM_SLOTS);
         CHECK(ring_slot_of(&end, end.taken - 1) < NUM_SLOTS);
-        CHECK(end.header.what.num_tokens <= MAX_TOKENS);
-        if (num_taken < NUM_SLOTS && ring_release(&end, 1) != RING_READY)
+        if (num_taken < NUM_SLOTS && ring_advance(&end, 1) != RING_READY)
             return;
     }
 }
 
-static void write_damaged(struct ring_control *control, const struct ring_end *pristine) {
-    struct ring_micro_batch what = describe(5);
+static void write_damaged(const struct ring_end *pristine) {
+    struct note note = describe(5);
     struct ring_end end = *pristine;
-    end.control = control;
     for (int i = 0; i <= NUM_SLOTS; i++) {
-        if (ring_wait(&end, ring_check_free, 0) != RING_READY)
+        if (ring_wait(&end, 0) != RING_READY)
             break;
         CHECK(i < NUM_SLOTS);
-        ring_stage(&end, &what);
-        if (ring_publish(&end) != RING_READY)
+        if (ring_publish(&end, (const char *)&note) != RING_READY)
             break;
     }
-    ring_leave_record(&end, RING_RECORD_END, "", 0);
-    ring_wait(&end, ring_check_closed, 0);
+    ring_leave(&end, RING_END, "", 0);
+    ring_wait(&end, 0);
 }
 
 static void run_flips(void) {
     static const unsigned char patterns[] = {0x01, 0x80, 0x7f, 0xff};
-    size_t nbytes = ring_control_bytes(NUM_SLOTS);
-    struct ring_control *control = make_control(0);
-    unsigned char *pristine = malloc(nbytes);
     struct ring_end writer, reader;
-    CHECK(ring_open(&writer, control, nbytes, true) == NULL);
+    struct ring_control *control = make_control(&writer, 0);
+    unsigned char *pristine = malloc(CONTROL_BYTES);
     for (uint64_t index = 0; index < 2; index++) {
-        struct ring_micro_batch what = describe(index + 3);
-        ring_stage(&writer, &what);
-        CHECK(ring_publish(&writer) == RING_READY);
+        struct note note = describe(index + 3);
+        CHECK(ring_publish(&writer, (const char *)&note) == RING_READY);
     }
-    ring_leave_record(&writer, RING_RECORD_ERROR, "boom", 4);
-    CHECK(ring_open(&reader, control, nbytes, false) == NULL);
-    ring_leave_record(&reader, RING_RECORD_CLOSE, "", 0);
-    memcpy(pristine, control, nbytes);
+    struct ring_end has_left = writer;
+    ring_leave(&has_left, RING_ERROR, "boom", 4);
+    CHECK(attach(&reader, control, false, 0) == NULL);
+    ring_leave(&reader, RING_CLOSED, "", 0);
+    memcpy(pristine, control, CONTROL_BYTES);
     for (int has_close = 0; has_close < 2; has_close++)
-        for (size_t i = 0; i < nbytes; i++)
+        for (size_t i = 0; i < CONTROL_BYTES; i++)
             for (size_t p = 0; p < sizeof patterns; p++) {
                 for (int side = 0; side < 2; side++) {
-                    memcpy(control, pristine, nbytes);
+                    memcpy(control, pristine, CONTROL_BYTES);
                     if (!has_close)
-                        atomic_store(&control->reader_record.kind, RING_NONE);
+                        atomic_store(&control->reader.record.kind, RING_ABSENT);
                     ((unsigned char *)control)[i] ^= patterns[p];
                     if (side == 0)
                         read_damaged(control);
                     else
-                        write_damaged(control, &writer);
+                        write_damaged(&writer);
                 }
             }
     free(control);
@@ -185,10 +184,10 @@ int main(int argc, char **argv) {
     }
     static const uint64_t starts[] = {0, (1ull << 32) - 5, (1ull << 63) - 5, UINT64_MAX - 5};
     for (size_t i = 0; i < sizeof starts / sizeof *starts; i++) {
-        run_peers((struct job){.total = 3000, .last = RING_RECORD_END}, starts[i]);
-        run_peers((struct job){.total = 100, .last = RING_RECORD_ERROR}, starts[i]);
-        run_peers((struct job){.total = 100, .last = RING_RECORD_END, .close_after = 50},
-                  starts[i]);
+        run_peers((struct job){.start_seq = starts[i], .total = 3000, .last = RING_END});
+        run_peers((struct job){.start_seq = starts[i], .total = 100, .last = RING_ERROR});
+        run_peers((struct job){
+            .start_seq = starts[i], .total = 100, .last = RING_END, .close_after = 50});
     }
     return 0;
 }

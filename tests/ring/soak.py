@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1.0
-DEAD = 5  # _ring.DEAD
+DEAD = 2  # _ring.DEAD
 
 
 @dataclass

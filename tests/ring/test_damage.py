@@ -12,10 +12,11 @@ import pytest
 from colospec import _ring
 from colospec.ring import Corrupt
 from colospec.ring.link import Link
-from tests.ring.block import describe, make_block, open_both
+from tests.ring.block import describe, make_block, open_both, open_reader
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED, RELEASED, FIRST_HEADER, HEADER_BYTES = 640, 768, 9344, 584
+GEOMETRY_BYTES, PUBLISHED, RELEASED, HEADER_BYTES = 512, 512, 4864, 64
+FIRST_HEADER = _ring.CONTROL_BYTES
 
 
 def test_every_damaged_byte_is_an_error_or_harmless():
@@ -26,7 +27,7 @@ def test_every_damaged_byte_is_an_error_or_harmless():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     # The geometry and both slot headers have no byte that can change unnoticed.
-    assert result["read"]["refused"] >= 3 * 576
+    assert result["read"]["refused"] >= 3 * GEOMETRY_BYTES
     assert result["read"]["corrupt"] >= 3 * 2 * HEADER_BYTES
     assert result["write"]["corrupt"] >= 3 * 16
     assert result["slowest_s"] < 1.0
@@ -41,20 +42,20 @@ def read_after_random_damage():
     memory = make_block(3)
     writer, _ = open_both(memory, 3)
     for index in range(3):
-        writer.publish(*describe(index))
-    position = random.randrange(576, len(memory))
+        writer.publish(describe(index))
+    position = random.randrange(GEOMETRY_BYTES, len(memory))
     damage = random.randbytes(random.randint(1, 200))
     memory[position : position + len(damage)] = damage[: len(memory) - position]
     try:
-        reader = _ring.Ring(memory)
+        reader = open_reader(memory, 3)
     except ValueError:
         return
     for index in range(4):
-        status, detail = reader.acquire(0.001)
+        status, *detail = reader.wait(0.001, index)
         if status != _ring.READY:
             assert status in (_ring.CORRUPT, _ring.AGAIN)
             return
-        assert detail == (index, *describe(index))
+        assert detail == [index, describe(index)]
 
 
 @pytest.mark.parametrize("word", [PUBLISHED, RELEASED])
@@ -63,25 +64,25 @@ def test_counters_that_cannot_be_are_found_by_the_peer_or_their_owner(word, valu
     memory = make_block(3)
     writer, reader = open_both(memory, 3)
     for index in range(2):
-        assert writer.acquire(0)[0] == _ring.READY
-        writer.publish(*describe(index))
-        assert reader.acquire(0)[0] == _ring.READY
+        assert writer.wait(0)[0] == _ring.READY
+        writer.publish(describe(index))
+        assert reader.wait(0)[0] == _ring.READY
         assert reader.release(1) == _ring.READY
-    assert writer.acquire(0)[0] == _ring.READY
-    writer.publish(*describe(2))
-    assert reader.acquire(0)[0] == _ring.READY
+    assert writer.wait(0)[0] == _ring.READY
+    writer.publish(describe(2))
+    assert reader.wait(0)[0] == _ring.READY
     memory[word : word + 8] = value.to_bytes(8, "little")
     if word == PUBLISHED:
-        found = [reader.acquire(0)[0], writer.publish(*describe(3))]
+        found = [reader.wait(0)[0], writer.publish(describe(3))]
     else:
-        found = [writer.acquire(0)[0], reader.release(1)]
+        found = [writer.wait(0)[0], reader.release(1)]
     assert _ring.CORRUPT in found
 
 
 def test_corrupt_error_names_the_field_and_the_state():
     memory = make_block(3)
     writer, reader = open_both(memory, 3)
-    writer.publish(*describe(0))
+    writer.publish(describe(0))
     memory[FIRST_HEADER] ^= 1
     link = Link(reader, [], pair="7", peer="engine", pidfd=os.pidfd_open(os.getpid()))
     with pytest.raises(Corrupt, match=r"slot header.*ring 7: published 1, released 0"):
