@@ -31,12 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from colospec.evaluate.report import ReportSettings, report_run
 from colospec.log import console, to_console
 from colospec.target import Target
 
@@ -170,6 +167,9 @@ def _locked(file: Path, what: str) -> Iterator[None]:
 
 
 def _config() -> Any:
+    # Imported where they are used: every rank imports this module, few build the demo.
+    from transformers import Qwen3Config
+
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=VOCAB_SIZE,
@@ -201,6 +201,9 @@ def _is_code(file: Path) -> bool:
 
 
 def _train_tokenizer(files: list[Path]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -228,6 +231,8 @@ def _encode(tokenizer: Any, files: list[Path]) -> Tensor:
 
 def _train(tokens: Tensor, held_out: Tensor, num_steps: int) -> Any:
     """Train the target on random windows of `tokens` [N]."""
+    from transformers import Qwen3ForCausalLM
+
     generator = torch.Generator().manual_seed(0)
     tell = _teller(num_steps)
     with _fastest() as race, torch.random.fork_rng(devices=[]):
@@ -291,7 +296,7 @@ def _fastest() -> Iterator[Callable[[int], AbstractContextManager[None]]]:
     each other are slower than one alone, by a factor of hundreds.
     """
     before = torch.get_num_threads()
-    num_cores = min(16, len(os.sched_getaffinity(0)))
+    num_cores = min(4, len(os.sched_getaffinity(0)))
     ways = [(num, low) for num in sorted({1, num_cores}) for low in (False, True)]
     seconds = dict.fromkeys(ways, 0.0)
 
@@ -359,8 +364,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
+def report(run_dir: Path) -> None:
     """Evaluate the draft of a run on the demo target; print the table and where it is kept."""
+    from colospec.evaluate.report import ReportSettings, report_run
+
     data, target = ensure_data(), Target.load(ensure_target())
     log.info("decoding held-out prompts with the trained draft, an untrained one, and a table")
     # Threads would only wait for each other in so small a model.
@@ -370,7 +377,7 @@ def report(run_dir: Path, settings: ReportSettings | None = None) -> None:
         target,
         train_path=data.train_path,
         eval_path=data.eval_path,
-        settings=settings or ReportSettings(),
+        settings=ReportSettings(),
     )
     console.print(result.comparison.table())
     console.print(
