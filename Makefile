@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 draft ?= eagle3
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-offline format lint types test test-gpu soak demo train sweep bench clean
+.PHONY: help install install-offline format lint types test test-gpu soak demo train sweep bench plots clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -58,6 +58,9 @@ sweep: $(STAMP)  ## Three learning rates, one fresh job each
 
 bench: $(STAMP)  ## Measure this machine; results go to benchmarks/results
 	$(BIN)/python benchmarks/bench_ring.py
+
+plots: $(STAMP)  ## Redraw the tables of README.md from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 clean:  ## Remove .venv, build products and runs
 	rm -rf $(VENV) build dist outputs colospec/*.so *.egg-info .hypothesis .mypy_cache .ruff_cache .pytest_cache

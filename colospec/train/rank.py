@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
     """Join the job and play this rank's role until the run ends."""
     with open_world(topology, run.limit) as world:
         directory = Path(world.from_rank0("run_dir", str(run_dir.resolve())))
+        check_shared(directory, world)
         logs.setup(directory, world.place.rank)
         world.agree("configuration", repr(plain(run)))
         if world.place.gpu is not None:
@@ -45,6 +47,27 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
             _be_engine(job, world)
         else:
             _be_trainer(job, world, directory)
+
+
+def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> None:
+    """Raise RuntimeError on nodes that do not see rank 0's run directory (a network file system
+    may take `patience_s` seconds to show it)."""
+    mark = run_dir / ".job"
+    if world.place.rank == 0:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        token = uuid.uuid4().hex
+        mark.write_text(token)
+        world.from_rank0("job", token)
+        return
+    token = world.from_rank0("job", None)
+    deadline = time.monotonic() + patience_s
+    while not (mark.is_file() and mark.read_text() == token):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"{world.place}: node {world.place.node} does not see the run directory of rank 0, "
+                f"{run_dir}; set run_dir=PATH on a file system that all nodes share"
+            )
+        time.sleep(0.1)
 
 
 def _be_engine(job: Job, world: World) -> None:
