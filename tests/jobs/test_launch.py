@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.start import job, losses
-from tests.torchrun import ENV, pids_of, read_until, run, started
+from tests.torchrun import ENV, free_port, pids_of, read_until, run, started
 
 PYTHON = [sys.executable, "-m", "colospec.run"]
 
@@ -26,11 +26,11 @@ def torchrun_on_path():
 
 def test_the_bare_command_works_on_any_machine(torchrun_on_path, tmp_path):
     assert shutil.which("torchrun", path=torchrun_on_path["PATH"])
-    words = "torchrun --nproc-per-node 8 -m colospec.run +mode=colocate trainer.max_steps=2"
+    words = "torchrun --nproc-per-node 8 -m colospec.run +mode=colocate trainer.max_steps=1"
     code, output, _ = run(words.split(), 280, env=torchrun_on_path, cwd=tmp_path)
     assert code == 0, output[-4000:]
     (result,) = tmp_path.glob("outputs/*/*/result.json")
-    assert json.loads(result.read_text())["steps"] == 2
+    assert json.loads(result.read_text())["steps"] == 1
     assert (result.parent / "export" / "model.safetensors").is_file()
     assert len(list((result.parent / "log").glob("rank*.log"))) == 8
 
@@ -43,6 +43,19 @@ def test_plain_python_starts_the_same_job(tiny_job, tmp_path):
     assert list(losses(tmp_path / "r")) == [1, 2, 3]
     assert (tmp_path / "r" / ".hydra" / "config.yaml").is_file()
     assert json.loads((tmp_path / "r" / "run.json").read_text())["world_size"] == 2
+
+
+def test_two_launchers_make_one_job_of_two_nodes(tiny_job, tmp_path):
+    endpoint = f"127.0.0.1:{free_port()}"
+    words = [*PYTHON, "+mode=colocate", *tiny_job, "trainer.max_steps=3", "launch.nodes=2",
+             f"launch.rdzv_endpoint={endpoint}", f"run_dir={tmp_path}/r"]  # fmt: skip
+    with started(words, cwd=tmp_path) as second:
+        code, output, _ = run(words, 120, cwd=tmp_path)
+        rest, _ = second.communicate(timeout=30)
+    assert code == 0, output + rest
+    assert second.returncode == 0, rest
+    assert list(losses(tmp_path / "r")) == [1, 2, 3]
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["world_size"] == 4
 
 
 def test_a_sweep_runs_fresh_jobs_and_ends_with_a_table(tiny_job, tmp_path):

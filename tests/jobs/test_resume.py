@@ -1,5 +1,6 @@
 """A run that was killed and started again is, to the last bit, the run that was not."""
 
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from colospec.checkpoint.state import load_model
+from tests import tiny
 from tests.jobs.start import job, losses
 from tests.torchrun import command, pids_of, started
 
@@ -21,11 +23,23 @@ def weights(run_dir, step=STEPS):
 
 
 @pytest.fixture(scope="module")
+def tiny_job(tiny_job, tmp_path_factory):
+    """The tiny job on so few rows that an epoch has about ten micro-batches."""
+    data = tiny.write_data(tmp_path_factory.mktemp("few") / "few.jsonl", num_rows=40)
+    return [*tiny_job, f"data.path={data}"]
+
+
+@pytest.fixture(scope="module")
 def whole(tiny_job, tmp_path_factory):
     """A run over several epochs that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     job(2, "+mode=colocate", *tiny_job, *WORDS, f"run_dir={run_dir}")
     return run_dir
+
+
+def test_the_run_crosses_epoch_borders(whole):
+    (newest,) = (whole / "checkpoint").glob(f"step-{STEPS:06d}")
+    assert json.loads((newest / "manifest.json").read_text())["meta"]["epoch"] >= 2
 
 
 def same(run_dir, whole):
