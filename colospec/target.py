@@ -11,6 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+_ALSO_OUTSIDE = (
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "torch_dtype",
+)
+# Softcapping of Gemma 2, scales of Granite and Cohere.
+_LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -45,7 +56,9 @@ class Target:
     @classmethod
     def from_config(cls, path: Path, config: dict[str, Any], *, dtype: str = "auto") -> Target:
         """Build from a parsed config.json; raises ValueError naming keys that are missing."""
-        text = config.get("text_config", config)
+        # A multimodal config keeps some facts of its text part at the top.
+        outer = {key: value for key, value in config.items() if key in _ALSO_OUTSIDE}
+        text = {**outer, **config["text_config"]} if "text_config" in config else config
         keys = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads")
         if missing := [key for key in keys if key not in text]:
             raise ValueError(
@@ -53,9 +66,7 @@ class Target:
                 "colospec needs a decoder-only causal language model"
             )
         if dtype == "auto":
-            dtype = (
-                text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or "bfloat16"
-            )
+            dtype = text.get("dtype") or text.get("torch_dtype") or "bfloat16"
         return cls(
             path=path,
             hidden_size=text["hidden_size"],
@@ -107,6 +118,21 @@ class Target:
                 with safe_open(files[name], framework="pt") as weights:
                     return weights.get_tensor(name)  # type: ignore[no-any-return]
         raise ValueError(f"no tensor named *{' or *'.join(suffixes)} in {self.path}/*.safetensors")
+
+    def require_plain_head(self) -> None:
+        """Raise ValueError for a target whose logits are more than a product with its head: a
+        draft would learn from wrong distributions."""
+        changed = [f"{k}={self.hf_config[k]}" for k in _LOGIT_KEYS if self._changes_logits(k)]
+        if any(name.endswith("lm_head.bias") for name in self._weight_files()):
+            changed.append("an lm_head.bias")
+        if changed:
+            raise ValueError(
+                f"{self.path} computes its logits with {', '.join(changed)}, which drafts cannot "
+                "learn from yet; choose a target with a plain output head"
+            )
+
+    def _changes_logits(self, key: str) -> bool:
+        return self.hf_config.get(key) not in (None, 1, 1.0)
 
     def _weight_files(self) -> dict[str, Path]:
         """Map every tensor name to its file."""

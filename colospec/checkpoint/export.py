@@ -107,6 +107,23 @@ def load_weights(draft: nn.Module, directory: Path) -> None:
     draft.load_state_dict(read_tensors(directory / WEIGHTS, shapes))
 
 
+def check_warm_start(config: DraftConfig, directory: Path, target: Target) -> None:
+    """Raise ValueError if the draft in `directory` fits `config` by its shapes alone: with other
+    aux layers or norms its weights would be fed with what they were not trained on."""
+    theirs, ours = read_config(directory, target), eagle3(config)
+    pairs: dict[str, list[Any]] = {
+        "aux_layer_ids": [registry.features(c, target).aux_layer_ids for c in (theirs, ours)],
+        "norm_output": [theirs.norm_output, ours.norm_output],
+        "fc_norm": [theirs.fc_norm, ours.fc_norm],
+    }
+    different = [f"draft.{key}: {p[0]} -> {p[1]}" for key, p in pairs.items() if p[0] != p[1]]
+    if different:
+        raise ValueError(
+            f"trainer.init_from={directory} is another draft: {'; '.join(different)}. "
+            "Use its values"
+        )
+
+
 def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Read a safetensors file that must hold just these tensors.
 

@@ -175,9 +175,12 @@ def read_config(directory: Path, target: Target) -> Eagle3Config:
         "num_attention_heads": target.num_attention_heads,
         "num_key_value_heads": target.num_key_value_heads,
         "head_dim": target.head_dim,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": float(target.hf_config.get("rms_norm_eps", 1e-6)),
+        "rope_theta": target.rope_theta,
     }
     different = [
-        f"{key} {contents[key]}, the target has {value}"
+        f"{key} {contents[key]}, expected {value}"
         for key, value in facts.items()
         if contents.get(key, value) != value
     ]

@@ -99,6 +99,7 @@ class DraftModel(nn.Module):
             ]
             self.set_target(*(weight.to(target.dtype) for weight in random))
             return
+        target.require_plain_head()
         loaded = [target.load_embedding()]
         if not target.tied:
             loaded.append(target.load_head())

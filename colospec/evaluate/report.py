@@ -136,6 +136,8 @@ def _untrained(trained: Eagle3, target: Target) -> Eagle3:
     assert isinstance(model, Eagle3)
     if trained.d2t is not None and model.d2t is not None:
         model.d2t.copy_(trained.d2t)
+        # The head starts from the target's rows of this vocabulary.
+        model.set_target(model.embedding, model.target_head)
     return model
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from colospec.batch import FeatureBatch, FeatureSource
 from colospec.checkpoint.dcp import Checkpointer
-from colospec.checkpoint.export import export_draft, load_weights
+from colospec.checkpoint.export import check_warm_start, export_draft, load_weights
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
 from colospec.checkpoint.rotate import is_higher_better
@@ -61,6 +61,7 @@ class Trainer:
             weights=run.target.weights,
         )
         if run.trainer.init_from is not None:
+            check_warm_start(run.draft, Path(run.trainer.init_from), job.target)
             load_weights(draft, Path(run.trainer.init_from))
         self.draft: nn.Module = draft.to(world.device)
         dtype = compute_dtype(run.trainer.dtype, world.device)

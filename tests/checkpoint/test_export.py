@@ -7,6 +7,7 @@ import resource
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from transformers import LlamaConfig
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.checkpoint.dcp import Checkpointer
-from colospec.checkpoint.export import export_draft, load_draft, load_weights, main
+from colospec.checkpoint.export import (
+    check_warm_start,
+    export_draft,
+    load_draft,
+    load_weights,
+    main,
+)
 from colospec.config import Eagle3Config
 from colospec.draft import registry
 from colospec.draft.base import StepContext
@@ -442,7 +449,7 @@ def test_a_draft_of_another_target_is_refused_with_the_differences(target, tmp_p
     export(draft, config, target, tmp_path / "out")
     other = make_target(tmp_path / "other", vocab_size=60, num_key_value_heads=4)
     with pytest.raises(
-        ValueError, match=r"vocab_size 50, the target has 60; num_key_value_heads 2, .* has 4"
+        ValueError, match=r"vocab_size 50, expected 60; num_key_value_heads 2, expected 4"
     ):
         load_draft(tmp_path / "out", other)
 
@@ -499,3 +506,11 @@ def test_the_command_line_refuses_what_is_no_checkpoint_in_one_line(tmp_path, ca
     caplog.set_level(logging.INFO)
     with pytest.raises(SystemExit, match=r"error: \S+ is not a whole checkpoint .*manifest.json"):
         main([str(tmp_path), str(tmp_path / "out")])
+
+
+def test_a_warm_start_from_a_draft_with_other_inputs_is_refused(target, tmp_path):
+    config, draft = make_draft(target)
+    export(draft, config, target, tmp_path / "out")
+    check_warm_start(config, tmp_path / "out", target)
+    with pytest.raises(ValueError, match=r"trainer\.init_from=.*draft\.norm_output: False -> True"):
+        check_warm_start(replace(config, norm_output=True), tmp_path / "out", target)
