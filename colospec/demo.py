@@ -151,6 +151,7 @@ def _build_once(path: Path, build: Callable[[Path], None], what: str) -> None:
         log.info("building %s in %s", what, path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         build(temporary)
+        temporary.chmod(0o755)  # mkdtemp's is private, but a cache may be shared
         temporary.rename(path)
 
 

@@ -37,6 +37,12 @@ def test_concurrent_builders_leave_one_target_and_no_leftovers(cache: Path) -> N
     assert sorted(path.name for path in parent.iterdir()) == ["target", "target.lock"]
 
 
+def test_other_users_may_read_what_was_built(cache: Path) -> None:
+    target = demo.target_directory(cache)
+
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
 def test_target_is_a_loadable_model_with_the_announced_config(cache: Path) -> None:
     path = demo.ensure_target(cache)
 

@@ -1,7 +1,7 @@
 """Put a finished directory in place so that a crash leaves the old one or the new one, never half.
 
 Write everything into a sibling whose name ends in `.tmp`, then `publish` it. What a killed process
-leaves behind ends in `.tmp` too, and the next one removes it.
+leaves behind ends in `.tmp` too; the next one calls `restore` and then removes what still does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 
 TEMPORARY = ".tmp"
+# What `publish` has put aside for a moment: a whole directory, always.
+OLD = f".old{TEMPORARY}"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -20,7 +22,8 @@ def publish(temporary: Path, final: Path) -> None:
     """Sync all files of `temporary` to disk and give it the name `final`.
 
     A directory that has this name is replaced, in one step where the file system can exchange
-    names, and then removed. Raises OSError.
+    names, and then removed. Elsewhere a crash may leave no `final`, until `restore` brings the old
+    one back. Raises OSError.
     """
     for file in temporary.iterdir():
         sync(file)
@@ -30,13 +33,26 @@ def publish(temporary: Path, final: Path) -> None:
         sync(final.parent)
         return
     if not _exchange(temporary, final):
-        old = final.with_name(f"{final.name}.old{TEMPORARY}")
+        old = final.with_name(final.name + OLD)
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
         temporary.rename(final)
-        temporary = old
+        sync(final.parent)
+        # Removing is not atomic: under its own name, half of it could be restored.
+        old.rename(temporary)
     sync(final.parent)
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore(final: Path) -> None:
+    """Bring back the directory `final` if a `publish` was killed while it was put aside.
+
+    Raises OSError.
+    """
+    old = final.with_name(final.name + OLD)
+    if old.exists() and not final.exists():
+        old.rename(final)
+        sync(final.parent)
 
 
 def sync(path: Path) -> None:
@@ -61,7 +77,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def discard(directory: Path) -> None:
     """Remove a directory; interrupted, it leaves only what ends in `.tmp`. Raises OSError."""
-    doomed = directory.with_name(f"{directory.name}.old{TEMPORARY}")
+    doomed = directory.with_name(f"{directory.name}.gone{TEMPORARY}")
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
     shutil.rmtree(doomed)

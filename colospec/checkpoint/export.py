@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from colospec.checkpoint.card import model_card
-from colospec.checkpoint.durable import TEMPORARY, publish
+from colospec.checkpoint.durable import TEMPORARY, publish, restore
 from colospec.checkpoint.manifest import DamagedError, open_checkpoint
 from colospec.checkpoint.public import (
     CONFIG,
@@ -147,6 +147,7 @@ def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Te
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
     """Give a temporary directory that takes the place of `directory` if the body succeeds."""
+    restore(directory)
     if directory.exists() and not _may_replace(directory):
         raise ValueError(
             f"{directory} exists and is not a draft that colospec exported, so it is not replaced; "

@@ -25,9 +25,10 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,22 +92,27 @@ def _file_hash(file: Path, root: Path) -> str:
     ]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     known = root / "sha256" / key
-    if known.is_file():
+    # The memo only saves time: a cache may belong to another user, or its disk be full.
+    with suppress(OSError):
         return known.read_text()
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        temporary = known.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
-        temporary.write_text(digest)
-        temporary.replace(known)
+        with suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            temporary = known.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
+            temporary.write_text(digest)
+            temporary.replace(known)
     return digest
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`; while waiting for it, say who holds it."""
-    with path.open("a+") as stream:
+    """Hold an exclusive lock on the file `path`; while waiting for it, say who holds it.
+
+    Raises RuntimeError where the file cannot be written or locked.
+    """
+    with _open_lock(path) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -122,6 +128,16 @@ def locked(path: Path) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         yield
+
+
+def _open_lock(path: Path) -> TextIO:
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise RuntimeError(
+            f"the data is not tokenised yet, and {path} cannot be written: {error}; set "
+            "data.cache_dir to a directory where you may write, or let its owner tokenise the data"
+        ) from error
 
 
 def build(target: Path, samples: Iterable[Encoded], *, vocab_size: int) -> None:

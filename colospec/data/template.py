@@ -30,14 +30,13 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
 Tools = list[dict[str, Any]] | None
 
-PROBE = Chat(
-    messages=[
-        {"role": "user", "content": "Which way?"},
-        {"role": "assistant", "content": "North, and then left."},
-    ],
-    tools=None,
-    last_turn_only=True,
-)
+QUESTION = {"role": "user", "content": "Which way?"}
+ANSWER = {"role": "assistant", "content": "North, and then left."}
+# A prompt that opens a thought is the beginning only of answers that have one.
+PROBES = [
+    Chat([QUESTION, answer], tools=None, last_turn_only=True)
+    for answer in (ANSWER, {**ANSWER, "reasoning_content": "The moss says north."})
+]
 
 
 @dataclass(frozen=True)
@@ -136,18 +135,22 @@ class ChatTemplate:
         return mask
 
     def _check(self) -> None:
-        """Raise ValueError if not even the simplest chat has an exact mask."""
-        try:
-            rendered = self.render(PROBE)
-            self.mask(self.encode([rendered.text])[0], rendered)
-        except Rejected as rejected:
-            # Another reason may be special to the probe, say a template that demands a system turn.
-            if rejected.reason is Reason.no_exact_mask:
-                raise ValueError(
-                    f"the chat template in {self._tokenizer.name_or_path} cannot be masked "
-                    f"exactly: {rejected.detail}; put {{% generation %}} ... {{% endgeneration %}} "
-                    "around the answer in it"
-                ) from None
+        """Raise ValueError if no simple chat has an exact mask, be it with reasoning or without."""
+        details: list[str] = []
+        for probe in PROBES:
+            try:
+                rendered = self.render(probe)
+                self.mask(self.encode([rendered.text])[0], rendered)
+            except Rejected as rejected:
+                # Others may be special to the probe, say a template that demands a system turn.
+                if rejected.reason is Reason.no_exact_mask:
+                    details.append(rejected.detail)
+        if len(details) == len(PROBES):
+            raise ValueError(
+                f"the chat template in {self._tokenizer.name_or_path} cannot be masked "
+                f"exactly: {details[0]}; put {{% generation %}} ... {{% endgeneration %}} "
+                "around the answer in it"
+            )
 
     def _find_turns(self, rendered: Rendered, *, only_last: bool) -> list[Span | None]:
         """Return the span of each assistant turn, None where it is not exact."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from colospec.data.read import find_files, read_chunks
-from colospec.data.rows import Rejected, Text, parse_row
+from colospec.data.rows import Chat, Reason, Rejected, Text, parse_row
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,20 @@ def _encode(row: Any, tokenizer: Any, prompt_tokens: int) -> list[int]:
     parsed = parse_row(row)
     if isinstance(parsed, Text):
         return list(tokenizer(parsed.text)["input_ids"])[:prompt_tokens]
-    text = tokenizer.apply_chat_template(
-        parsed.messages[:-1], tools=parsed.tools, add_generation_prompt=True, tokenize=False
-    )
+    text = _render(parsed, tokenizer)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _render(chat: Chat, tokenizer: Any) -> str:
+    """Return the chat up to its last answer; raises Rejected where the template refuses it."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                chat.messages[:-1], tools=chat.tools, add_generation_prompt=True, tokenize=False
+            )
+        )
+    except Exception as error:  # a template is a program: a row may make it raise anything
+        if not tokenizer.chat_template:
+            raise
+        detail = f"the chat template refuses it: {type(error).__name__}: {error}"
+        raise Rejected(Reason.wrong_roles, detail) from None

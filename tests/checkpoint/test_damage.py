@@ -9,12 +9,13 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from colospec.checkpoint import dcp
+from colospec.checkpoint import dcp, durable
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.manifest import Manifest, latest
 from tests.checkpoint.training import Run, assert_same
@@ -153,6 +154,46 @@ def test_a_kill_between_writing_and_commit_leaves_the_previous_one(tmp_path, cap
     assert_same(snapshot, snapshots[1])
     assert caplog.messages == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
+def die_between_the_renames(_rank, final):
+    temporary = final.with_suffix(".tmp")
+    temporary.mkdir()
+    durable._exchange = lambda *_: False  # a file system that cannot
+    final.with_suffix(".old.tmp").mkdir()  # of an earlier death
+    rename = Path.rename
+
+    def rename_once(self, target):
+        rename(self, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Path.rename = rename_once
+    durable.publish(temporary, final)
+
+
+def test_a_kill_between_two_renames_leaves_the_replaced_one(two_steps, tmp_path):
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(two_steps[0], directory)
+    with pytest.raises(RankError, match="exit code -9"):
+        run_ranks(die_between_the_renames, 1, directory / "step-000002")
+    names = sorted(path.name for path in directory.iterdir())
+    assert names == ["step-000001", "step-000002.old.tmp", "step-000002.tmp"]
+
+    assert lone(directory).latest().step == 2
+
+    assert sorted(path.name for path in directory.iterdir()) == ["step-000001", "step-000002"]
+
+
+def test_publish_replaces_where_names_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    for name in ("out", "out.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    durable.publish(tmp_path / "out.tmp", tmp_path / "out")
+
+    assert (tmp_path / "out" / "file").read_text() == "out.tmp"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def save_until_killed(_rank, directory, first, delay_s):

@@ -56,6 +56,13 @@ THINKING = (
 )
 # The generation prompt opens a thought that the answer, as rendered, does not begin with.
 UNMASKABLE = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+# As Qwen3 Thinking: the prompt opens the thought, and an answer without one has "\n\n" there.
+OPENED = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+    "{% endif %}"
+    "{{ m.content }}",
+).replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 STRICT = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
@@ -65,6 +72,7 @@ TEMPLATES = {
     "marked": MARKED_CHATML,
     "llama3": LLAMA3,
     "thinking": THINKING,
+    "opened": OPENED,
     "unmaskable": UNMASKABLE,
     "strict": STRICT,
     "none": None,

@@ -105,6 +105,28 @@ def test_settled_files_are_hashed_once(tmp_path):
     assert cache.fingerprint([file], tmp_path, options, root=tmp_path) != first
 
 
+def test_cache_that_takes_no_hashes_costs_only_time(tmp_path):
+    (tmp_path / "sha256").write_text("in the way")
+    options = cache.EncodeOptions(9, 9, None, 1)
+    settled = Path(os.__file__)
+    digests = [
+        cache.fingerprint([settled], tmp_path, options, root=root)
+        for root in (tmp_path, tmp_path / "writable")
+    ]
+    assert (tmp_path / "writable" / "sha256").is_dir()
+    assert digests[0] == digests[1]
+
+
+def test_lock_that_cannot_be_written_is_a_clear_error(tmp_path):
+    lock = tmp_path / "data.lock"
+    lock.mkdir()
+    with (
+        pytest.raises(RuntimeError, match=r"data\.lock cannot be written: .*set data\.cache_dir"),
+        cache.locked(lock),
+    ):
+        pass
+
+
 def test_worker_processes_give_the_same_as_one(many_rows, root, tokenizer_dirs, monkeypatch):
     monkeypatch.setattr(parallel, "MIN_BYTES_PER_WORKER", 1)
     one = open_data(many_rows, tokenizer_dirs["chatml"], root / "one")

@@ -176,6 +176,16 @@ def test_template_whose_prompt_is_not_how_answers_begin_is_a_clear_error():
         ChatTemplate(chat_tokenizers.build("unmaskable"), last_turn_only=None)
 
 
+def test_template_that_opens_a_thought_supervises_the_rows_that_have_one():
+    tokenizer = chat_tokenizers.build("opened")
+    question, answer = SINGLE
+    thoughtful = chat(question, {**answer, "reasoning_content": "lazy"})
+    assert supervised(tokenizer, thoughtful) == ["lazy\n</think>\n\nIt is sunny, yes.<|im_end|>"]
+    with pytest.raises(Rejected, match="half in and half out") as caught:
+        supervised(tokenizer, chat(*SINGLE))
+    assert caught.value.reason is Reason.no_exact_mask
+
+
 def test_missing_chat_template_is_a_clear_error():
     with pytest.raises(ValueError, match=r"no chat template.*chat_template\.jinja"):
         ChatTemplate(chat_tokenizers.build("none"), last_turn_only=None)

@@ -11,6 +11,7 @@ import pytest
 from colospec.data.encode import load_tokenizer
 from colospec.evaluate.prompts import read_prompts
 from tests import tiny
+from tests.data import chat_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,27 @@ def test_bad_rows_are_skipped_and_counted(
 
     assert len(prompts) == 1
     assert "3 rows" in caplog.text
+
+
+def test_chats_that_the_template_refuses_are_skipped_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    user, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    rows = [{"messages": [user, user, answer]}, {"messages": [user, answer]}]
+    file = write(tmp_path / "rows.jsonl", rows)
+
+    prompts = read_prompts(file, chat_tokenizers.build("strict"), num_prompts=None)
+
+    assert len(prompts) == 1
+    assert "1 rows" in caplog.text
+
+
+def test_tokenizer_without_a_chat_template_is_an_error(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    file = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+
+    with pytest.raises(ValueError, match="chat_template"):
+        read_prompts(file, chat_tokenizers.build("none"), num_prompts=None)
 
 
 def test_file_without_prompts_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
