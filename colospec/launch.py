@@ -84,7 +84,14 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     # What torchrun would set as well, with a warning for each node.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     with subprocess.Popen(words, preexec_fn=_die_with_parent, env=env) as torchrun:
-        previous = signal.signal(signal.SIGTERM, lambda *_: torchrun.terminate())
+        asked_to_stop = False
+
+        def pass_on(*_: object) -> None:
+            nonlocal asked_to_stop
+            asked_to_stop = True
+            torchrun.terminate()
+
+        previous = signal.signal(signal.SIGTERM, pass_on)
         try:
             code = torchrun.wait()
         except KeyboardInterrupt:
@@ -93,6 +100,8 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
             raise
         finally:
             signal.signal(signal.SIGTERM, previous)
+    if asked_to_stop:
+        sys.exit(128 + signal.SIGTERM)  # a sweep must not go on to its next job
     result = run_dir / "result.json"
     if code or not result.is_file():
         raise JobFailed(f"the job ended with code {code}; logs: {run_dir}/log/")

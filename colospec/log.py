@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import signal
@@ -11,7 +12,15 @@ from typing import TextIO
 
 from rich.console import Console
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+class QuietConsole(Console):
+    """A console whose reader may go away (`| head`): the run goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        """Do nothing; rich would end the process."""
+
+
+console = QuietConsole(stderr=True, soft_wrap=True, highlight=False)
 _stacks: list[TextIO] = []
 FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 
@@ -21,6 +30,11 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; only warnings and errors say their level."""
+        with contextlib.suppress(OSError, ValueError):
+            self._print(record)
+
+    @staticmethod
+    def _print(record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno >= logging.ERROR:
             console.print(f"error: {text}", style="bold red", markup=False)
@@ -65,4 +79,4 @@ def dump_stacks() -> None:
 
 def is_terminal() -> bool:
     """Tell whether a progress bar makes sense."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()

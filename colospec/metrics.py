@@ -58,9 +58,10 @@ class JsonlTracker:
         # Lines past the checkpoint that a resumed run starts from will be written again.
         kept = []
         if path.is_file():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-        path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
+        rewritten = path.with_suffix(".tmp")
+        rewritten.write_text("".join(line + "\n" for line in kept))
+        rewritten.rename(path)
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -71,6 +72,14 @@ class JsonlTracker:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _step(line: str) -> float:
+    """Return the step of a line; infinity for one that a killed run or a full disk cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
 
 
 class TensorboardTracker:

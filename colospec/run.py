@@ -37,7 +37,12 @@ def under_torchrun() -> bool:
 
 def is_rank0() -> bool:
     """True in the one process that owns the run directory and the console."""
-    return os.environ.get("RANK", "0") == "0"
+    return not under_torchrun() or os.environ["RANK"] == "0"
+
+
+def is_first_of_node() -> bool:
+    """True in the process that speaks for its node before the job has a log."""
+    return not under_torchrun() or os.environ["LOCAL_RANK"] == "0"
 
 
 def run_directory(chosen: str | None) -> str:
@@ -82,6 +87,10 @@ def start(cfg: DictConfig) -> float | None:
             dry_run.show(run, topology)
         return None
     if under_torchrun():
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and run.run_dir is None:
+            raise ValueError(
+                "with --max-restarts a restarted job must find its run directory; add run_dir=PATH"
+            )
         from colospec.train.rank import run_rank
 
         run_rank(run, topology, Path(run_dir))
@@ -97,7 +106,7 @@ def task(cfg: DictConfig) -> float | None:
     try:
         return start(cfg)
     except (ValueError, launch.JobFailed) as error:
-        if is_rank0():
+        if is_first_of_node():
             log.console.print(f"error: {error}", style="bold red", markup=False)
         if HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN:
             return math.inf
@@ -124,8 +133,8 @@ def main() -> None:
     """Parse the command line and run."""
     if under_torchrun():
         refuse_sweep_in_torchrun(sys.argv[1:])
-        if not is_rank0():
-            # Rank 0 speaks for all while the settings are composed.
+        if not is_first_of_node():
+            # One rank speaks for its node while the settings are composed.
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     OmegaConf.register_new_resolver("run_directory", run_directory)
     OmegaConf.register_new_resolver("on_rank0", lambda ours, other: ours if is_rank0() else other)

@@ -21,6 +21,7 @@ class SweepSummary(Callback):
 
     def __init__(self) -> None:
         self._jobs: list[tuple[list[str], float | None, str]] = []
+        self._has_failed = False
 
     def on_job_end(
         self,
@@ -29,8 +30,8 @@ class SweepSummary(Callback):
         **_kwargs: Any,
     ) -> None:
         """Keep one job's overrides, objective and directory."""
-        completed = job_return.status is JobStatus.COMPLETED
-        value = job_return.return_value if completed else None
+        value = job_return.return_value if job_return.status is JobStatus.COMPLETED else math.inf
+        self._has_failed |= value == math.inf
         objective = float(value) if value is not None and math.isfinite(value) else None
         directory = str(config.hydra.runtime.output_dir)
         self._jobs.append((list(job_return.overrides or ()), objective, directory))
@@ -55,11 +56,11 @@ class SweepSummary(Callback):
             table.add_column(name, overflow="fold")
         for row in rows:
             value = row["objective"]
-            shown = "failed" if value is None else f"{value:.4f}"
+            shown = "none" if value is None else f"{value:.4f}"
             table.add_row(shown, str(row["settings"]), str(row["directory"]))
         console.print(table)
         file = Path(config.hydra.sweep.dir) / "sweep.json"
         file.write_text(json.dumps(rows, indent=2) + "\n")
         console.print(f"written to {file}")
-        if any(row["objective"] is None for row in rows):
+        if self._has_failed:
             sys.exit(1)

@@ -97,13 +97,11 @@ class Watchdog:
             except Exception as error:
                 if self._ended.is_set():
                     return
-                log.error("the store of torchrun is gone: %s", error)
-                self.abort(f"the store of torchrun is gone ({error}); torchrun has ended")
+                self.abort(f"torchrun's store is gone, torchrun has ended ({error})", say=True)
 
     def _look(self) -> None:
         if os.getppid() != self._parent:
-            log.error("torchrun (pid %d) has died", self._parent)
-            self.abort(f"torchrun (pid {self._parent}) has died")
+            self.abort(f"torchrun (pid {self._parent}) has died", say=True)
         self._find_local_ranks()
         for rank in self._dead_ranks():
             self._report_death(rank)
@@ -153,16 +151,21 @@ class Watchdog:
                 "(killed, out of memory, or crashed in native code); see its log"
             )
 
-    def abort(self, root_cause: str) -> NoReturn:
-        """End this process at once, from either thread: the other may be blocked for ever."""
+    def abort(self, root_cause: str, *, say: bool = False) -> NoReturn:
+        """End this process at once, from either thread: the other may be blocked for ever.
+
+        `say` puts the root cause on the console too. Nothing here may stop the end from coming.
+        """
         self._abort_lock.acquire()  # never released: the second caller only waits for the end
-        log.debug("ended by: %s", root_cause)
+        with contextlib.suppress(Exception):
+            log.log(logging.ERROR if say else logging.DEBUG, "ended by: %s", root_cause)
         with contextlib.suppress(Exception):
             self.before_abort()
         with contextlib.suppress(Exception):
             dump_stacks()
         record_for_torchrun(root_cause)
-        sys.stderr.flush()
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
         os._exit(1)
 
 

@@ -46,6 +46,13 @@ def test_metrics_file_drops_lines_past_the_step_that_a_run_resumes_from(tmp_path
     assert [(row["step"], row["train/loss"]) for row in rows] == [(10, 1.0), (20, 2.0), (30, 9.0)]
 
 
+def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
+    JsonlTracker(path, first_step=5).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+
+
 def test_values_that_are_not_finite_are_null_in_the_file(tmp_path):
     tracker = JsonlTracker(tmp_path / "metrics.jsonl", first_step=0)
     tracker.log(1, {"train/grad_norm": float("nan")})

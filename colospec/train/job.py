@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from colospec import demo
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
@@ -60,6 +62,28 @@ class Job:
         spec = registry.features(run.draft, target)
         return cls(run, target, dataset, plan, spec, num_trainers, total)
 
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Over all trainers."""
+        return self.num_trainers * self.run.trainer.accumulation
+
+    def resumed(self, start: Start, meta: dict[str, Any]) -> Job:
+        """Return the job with the total that its learning rate counts to after a resume.
+
+        As many steps as before where they are of the same size; else those done and those that the
+        rest of the data makes in the new size.
+        """
+        trainer = self.run.trainer
+        same = meta["micro_batches_per_step"] == self.micro_batches_per_step
+        if trainer.max_steps is not None:
+            return self
+        if same and meta["run"]["trainer"]["epochs"] == trainer.epochs:
+            return replace(self, total_steps=meta["total_steps"])
+        whole = self.plan.estimate_steps(1, trainer.epochs)
+        done = start.epoch * self.plan.estimate_steps(1, 1) + start.micro_batch
+        left = math.ceil(max(whole - done, 0) / self.micro_batches_per_step)
+        return replace(self, total_steps=start.step + left)
+
     def steps(self, start: Start) -> Iterator[Step]:
         """Yield the optimizer steps from `start` on, all micro-batches of all trainers in each.
 
@@ -67,7 +91,7 @@ class Job:
         """
         trainer = self.run.trainer
         steps = self.plan.steps(
-            micro_batches_per_step=self.num_trainers * trainer.accumulation,
+            micro_batches_per_step=self.micro_batches_per_step,
             start_epoch=start.epoch,
             start_micro_batch=start.micro_batch,
             start_step=start.step,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import shutil
 import time
 import uuid
@@ -33,7 +35,7 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
         world.agree("configuration", repr(plain(run)))
         if world.place.gpu is not None:
             torch.cuda.set_device(world.device)
-            share = getattr(run.memory, f"{world.place.role.value}_fraction")
+            share = memory_share(run, world.place.role)
             torch.cuda.set_per_process_memory_fraction(share, world.device)
         _announce(run, topology, directory, world)
         world.watchdog.before_abort = lambda: _remove_half_checkpoints(directory, world)
@@ -49,6 +51,13 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
             _be_trainer(job, world, directory)
 
 
+def memory_share(run: RunConfig, role: Role) -> float:
+    """Return the share of its GPU that a rank may allocate; in alternate mode it is both roles."""
+    if run.mode is Mode.alternate:
+        return run.memory.trainer_fraction + run.memory.engine_fraction
+    return float(getattr(run.memory, f"{role.value}_fraction"))
+
+
 def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> None:
     """Raise RuntimeError on nodes that do not see rank 0's run directory (a network file system
     may take `patience_s` seconds to show it)."""
@@ -56,6 +65,7 @@ def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> No
     if world.place.rank == 0:
         run_dir.mkdir(parents=True, exist_ok=True)
         token = uuid.uuid4().hex
+        _claim(run_dir)
         mark.write_text(token)
         world.from_rank0("job", token)
         return
@@ -68,6 +78,17 @@ def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> No
                 f"{run_dir}; set run_dir=PATH on a file system that all nodes share"
             )
         time.sleep(0.1)
+
+
+def _claim(run_dir: Path) -> None:
+    """Lock `run_dir` for the life of this process: a second job would delete our checkpoints."""
+    lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RuntimeError(
+            f"another job is using run_dir={run_dir}; wait for it, or choose another run_dir"
+        ) from None
 
 
 def _be_engine(job: Job, world: World) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,7 +88,7 @@ class Trainer:
 
     def resume(self) -> Start:
         """Load the newest good checkpoint, if there is one, and return where to go on."""
-        found = self.checkpointer.choose(self.job.run.resume)
+        found = self.checkpointer.choose(self._resume_wish())
         if found is None:
             return self.position
         saved = open_checkpoint(found, contents=False).manifest.meta
@@ -102,6 +103,7 @@ class Trainer:
             optim_state_dict=state["optimizer"],
         )
         self.position = Start(meta["epoch"], meta["micro_batch"], meta["step"])
+        self.job = self.job.resumed(self.position, meta)
         self.last_metrics = meta["facts"]["metrics"]
         restore_rng(
             state["rng"],
@@ -115,6 +117,13 @@ class Trainer:
             found, self.position.step, self.position.epoch, self.position.micro_batch,
         )  # fmt: skip
         return self.position
+
+    def _resume_wish(self) -> str:
+        """Return run.resume; after a restart by torchrun, this run's own checkpoints come first."""
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if restarted and self.checkpointer.latest() is not None:
+            return "auto"
+        return self.job.run.resume
 
     def train(self, source: FeatureSource) -> bool:
         """Train until the plan ends (True) or somebody asks to stop (False)."""
@@ -241,6 +250,8 @@ class Trainer:
             "micro_batch": self.position.micro_batch,
             "step": self.position.step,
             "plan": self.job.plan.digest,
+            "micro_batches_per_step": self.job.micro_batches_per_step,
+            "total_steps": self.job.total_steps,
             "run": plain(self.job.run),
             "target": str(self.job.target.path.resolve()),
             "facts": self._facts(),

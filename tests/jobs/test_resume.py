@@ -1,6 +1,5 @@
 """A run that was killed and started again is, to the last bit, the run that was not."""
 
-import json
 import os
 import random
 import signal
@@ -9,6 +8,7 @@ import time
 import pytest
 import torch
 
+from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.state import load_model
 from tests import tiny
 from tests.jobs.start import job, losses
@@ -39,7 +39,7 @@ def whole(tiny_job, tmp_path_factory):
 
 def test_the_run_crosses_epoch_borders(whole):
     (newest,) = (whole / "checkpoint").glob(f"step-{STEPS:06d}")
-    assert json.loads((newest / "manifest.json").read_text())["meta"]["epoch"] >= 2
+    assert open_checkpoint(newest).manifest.meta["epoch"] >= 2
 
 
 def same(run_dir, whole):

@@ -1,12 +1,16 @@
 """What a rank checks before it works."""
 
+import os
+import signal
+import subprocess
+import time
 from dataclasses import dataclass, field
 
 import pytest
 
-from colospec.config import Mode
-from colospec.topology import Place, build
-from colospec.train.rank import check_shared
+from colospec.config import Eagle3Config, Mode, RunConfig
+from colospec.topology import Place, Role, build
+from colospec.train.rank import check_shared, memory_share
 
 PLACES = build(Mode.colocate, world_size=4, local_world_size=2, visible_gpus=0).places
 
@@ -28,6 +32,27 @@ def test_a_shared_run_directory_is_seen_by_all(tmp_path):
     keys = {}
     for place in PLACES:
         check_shared(tmp_path / "run", Peer(place, keys))
+
+
+def test_a_second_job_in_one_run_directory_is_refused(tmp_path):
+    held = subprocess.Popen(["flock", tmp_path / ".lock", "sleep", "60"], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 10
+        while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        with pytest.raises(RuntimeError, match="another job is using run_dir"):
+            check_shared(tmp_path, Peer(PLACES[0]))
+    finally:
+        os.killpg(held.pid, signal.SIGKILL)
+        held.wait(10)
+
+
+def test_alternate_ranks_have_the_memory_of_both_roles():
+    run = RunConfig(mode=Mode.alternate, draft=Eagle3Config())
+    assert memory_share(run, Role.TRAINER) == pytest.approx(0.9)
+    run.mode = Mode.colocate
+    assert memory_share(run, Role.ENGINE) == pytest.approx(0.45)
 
 
 def test_a_node_with_a_directory_of_its_own_says_what_to_set(tmp_path):
