@@ -35,7 +35,7 @@ def test_a_shared_run_directory_is_seen_by_all(tmp_path):
 
 
 def test_a_second_job_in_one_run_directory_is_refused(tmp_path):
-    held = subprocess.Popen(["flock", tmp_path / ".lock", "sleep", "60"], stdout=subprocess.DEVNULL)
+    held = subprocess.Popen(["flock", tmp_path / ".lock", "sleep", "60"], start_new_session=True)
     try:
         deadline = time.monotonic() + 10
         while not (tmp_path / ".lock").exists() and time.monotonic() < deadline:
