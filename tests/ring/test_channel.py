@@ -248,7 +248,7 @@ def test_writer_whose_trainer_does_not_close_warns_and_goes_on(caplog):
 
 def test_ctrl_c_ends_a_wait():
     writer, reader = open_ring(SMALL)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         reader.acquire(timeout_s=20)
