@@ -51,8 +51,8 @@ def test_slot_that_comes_with_an_interrupt_is_handed_out_again(ring):
         for index in range(8):
             # One wait meets both: its piece ends with the slot, then signals are looked at.
             waiting = threading.Timer(0.3, interrupt_and_publish, (writer, index))
+            waiting.start()
             with pytest.raises(InterruptError):
-                waiting.start()
                 reader.acquire(timeout_s=20)
             waiting.join()
             receive(reader, index)
