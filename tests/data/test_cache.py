@@ -203,7 +203,9 @@ def test_killed_build_leaves_no_process_and_is_never_opened(
     script = tmp_path / "prepare.py"
     script.write_text(PREPARE)
     tokenizer = tokenizer_dirs["chatml"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(cache.__file__).parents[2])}
+    package = str(Path(cache.__file__).parents[2])
+    inherited = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, inherited])}
     command = [sys.executable, str(script), str(many_rows), str(tokenizer), str(root)]
     builder = subprocess.Popen(command, env=environment)
     workers = []

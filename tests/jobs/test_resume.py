@@ -23,17 +23,17 @@ def weights(run_dir, step=STEPS):
 
 
 @pytest.fixture(scope="module")
-def tiny_job(tiny_job, tmp_path_factory):
+def few_job(tiny_job, tmp_path_factory):
     """The tiny job on so few rows that an epoch has about ten micro-batches."""
     data = tiny.write_data(tmp_path_factory.mktemp("few") / "few.jsonl", num_rows=40)
     return [*tiny_job, f"data.path={data}"]
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_job, tmp_path_factory):
+def whole(few_job, tmp_path_factory):
     """A run over several epochs that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    job(2, "+mode=colocate", *tiny_job, *WORDS, f"run_dir={run_dir}")
+    job(2, "+mode=colocate", *few_job, *WORDS, f"run_dir={run_dir}")
     return run_dir
 
 
@@ -74,10 +74,10 @@ def wait_for_line(path, text, timeout_s=60):
 
 @pytest.mark.parametrize("after_step", [5, 13])
 def test_everything_killed_at_once_and_started_again_gives_the_same_run(
-    whole, tiny_job, tmp_path, after_step
+    whole, few_job, tmp_path, after_step
 ):
     run_dir = tmp_path / "run"
-    words = [*tiny_job, *WORDS, f"run_dir={run_dir}"]
+    words = [*few_job, *WORDS, f"run_dir={run_dir}"]
     line = f'"step": {after_step},'
     code = kill_after(
         command(2, "-m", "colospec.run", "+mode=colocate", *words),
@@ -90,9 +90,9 @@ def test_everything_killed_at_once_and_started_again_gives_the_same_run(
     same(run_dir, whole)
 
 
-def test_torchrun_restarts_and_resumes_by_itself(whole, tiny_job, tmp_path):
+def test_torchrun_restarts_and_resumes_by_itself(whole, few_job, tmp_path):
     run_dir = tmp_path / "run"
-    words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *WORDS,
+    words = command(2, "-m", "colospec.run", "+mode=colocate", *few_job, *WORDS,
                     f"run_dir={run_dir}")  # fmt: skip
     words.insert(words.index("--standalone") + 1, "--max-restarts=1")
     with started(words) as process:
@@ -104,40 +104,39 @@ def test_torchrun_restarts_and_resumes_by_itself(whole, tiny_job, tmp_path):
     same(run_dir, whole)
 
 
-def test_a_run_goes_on_with_another_number_of_trainers_in_the_same_order(whole, tiny_job, tmp_path):
-    run_dir = tmp_path / "run"
-    words = [*tiny_job, "trainer.epochs=9", "trainer.save_interval=4", f"run_dir={run_dir}"]
+def test_a_run_goes_on_with_another_number_of_trainers_in_the_same_order(tiny_job, tmp_path):
+    alone, run_dir = tmp_path / "alone", tmp_path / "run"
+    job(2, "+mode=colocate", *tiny_job, f"trainer.max_steps={STEPS}", f"run_dir={alone}")
+    words = [*tiny_job, f"run_dir={run_dir}"]
     job(2, "+mode=colocate", *words, "trainer.max_steps=8")
     job(4, "+mode=colocate", *words, f"trainer.max_steps={STEPS // 2 + 4}")
     # Two trainers take two micro-batches a step: loss of supervised tokens per step tells which.
-    before = losses(run_dir, "perf/loss_tokens_per_step")
-    reference = losses(whole, "perf/loss_tokens_per_step")
-    assert [before[s] for s in range(1, 9)] == [reference[s] for s in range(1, 9)]
-    pairs = [before[s] for s in range(9, 17)]
-    assert pairs == [reference[s] + reference[s + 1] for s in range(9, 25, 2)]
+    ours = losses(run_dir, "perf/loss_tokens_per_step")
+    reference = losses(alone, "perf/loss_tokens_per_step")
+    assert [ours[s] for s in range(1, 9)] == [reference[s] for s in range(1, 9)]
+    pairs = [reference[s] + reference[s + 1] for s in range(9, STEPS, 2)]
+    assert [ours[s] for s in range(9, 17)] == pairs
 
 
-def test_another_run_in_the_same_directory_is_refused_with_the_settings_that_differ(
-    whole, tiny_job
-):
+def test_another_run_in_the_same_directory_is_refused_with_the_settings_that_differ(whole, few_job):
     before = sorted(p.name for p in (whole / "checkpoint").iterdir())
-    words = [*tiny_job, *WORDS, f"run_dir={whole}", "data.max_sequences=7", "draft.ttt_length=2"]
+    words = [*few_job, *WORDS, f"run_dir={whole}", "data.max_sequences=7", "draft.ttt_length=2"]
     output = job(2, "+mode=colocate", *words, expect="error")
     assert "data.max_sequences: 128 -> 7" in output
     assert "draft.ttt_length: 3 -> 2" in output
     assert sorted(p.name for p in (whole / "checkpoint").iterdir()) == before
 
 
-def test_resume_never_refuses_a_directory_that_has_a_run(whole, tiny_job):
-    words = [*tiny_job, *WORDS, f"run_dir={whole}", "resume=never"]
+def test_resume_never_refuses_a_directory_that_has_a_run(whole, few_job):
+    words = [*few_job, *WORDS, f"run_dir={whole}", "resume=never"]
     output = job(2, "+mode=colocate", *words, expect="error")
     assert "resume=auto" in output
 
 
 @pytest.mark.slow
-def test_twenty_random_kills_of_anything_change_nothing(whole, tiny_job, tmp_path):
+def test_twenty_random_kills_of_anything_change_nothing(whole, few_job, tmp_path):
     run_dir = tmp_path / "run"
-    words = [*tiny_job, *WORDS, f"run_dir={run_dir}", "trainer.save_interval=1"]
+    words = [*few_job, *WORDS, f"run_dir={run_dir}", "trainer.save_interval=1"]
     start = command(2, "-m", "colospec.run", "+mode=colocate", *words)
     for _ in range(20):
         pause = random.uniform(4, 14)
