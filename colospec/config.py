@@ -43,12 +43,29 @@ class Dtype(Enum):
     float16 = "float16"
 
 
-class EngineName(Enum):
-    """What runs the target: auto is sglang on CUDA where it is available, else hf."""
+class EngineCheck(Enum):
+    """How an engine proves at start that it captures what it should: layers compares with the
+    outputs of the model's own layers, transformers also with a second copy of the model."""
+
+    layers = "layers"
+    transformers = "transformers"
+
+
+class MpsUse(Enum):
+    """require fails without CUDA MPS, auto falls back to time slicing with a warning."""
+
+    require = "require"
+    auto = "auto"
+    off = "off"
+
+
+class RingPayload(Enum):
+    """Where slots lie on a GPU: ipc in its memory, host in pinned memory; auto is ipc where CUDA IPC
+    works. A CPU has host memory alone."""
 
     auto = "auto"
-    hf = "hf"
-    sglang = "sglang"
+    ipc = "ipc"
+    host = "host"
 
 
 class RingLease(Enum):
@@ -153,8 +170,9 @@ class Eagle3Config(DraftConfig):
     lk_eta: float = 3.0
     """lk_lambda: the weight of KL is exp(-lk_eta * acceptance)."""
     alignment: Alignment = Alignment.exact
-    chunk_tokens: int = 2048
-    """Supervised positions per chunk of vocabulary head and loss; bounds their memory."""
+    chunk_tokens: int | None = None
+    """Supervised positions per chunk of vocabulary head and loss; bounds their memory. Null is 2048
+    on a CPU and 8192 on a GPU."""
 
 
 @dataclass
@@ -186,13 +204,40 @@ class RingConfig:
     num_slots: int = 3
     """Micro-batches that an engine may be ahead of its trainer."""
     lease: RingLease = RingLease.view
+    payload: RingPayload = RingPayload.auto
+
+
+@dataclass
+class MpsConfig:
+    """CUDA MPS, by which trainer and engine share a GPU; without effect on a CPU and in alternate
+    mode. Threads and memory limits are those of the MPS manual."""
+
+    use: MpsUse = MpsUse.require
+    trainer_priority: int = 0
+    """Client priority: 0 is normal, 1 below normal."""
+    engine_priority: int = 0
+    trainer_threads: int | None = None
+    """Cap on the share of SMs, in percent. Off: several caps make bfloat16 products wrong, and a
+    run whose products are wrong does not start."""
+    engine_threads: int | None = None
+    limit_memory: bool = False
+    """Let MPS enforce memory.*_fraction too, on all device memory of a process."""
 
 
 @dataclass
 class EngineConfig:
-    name: EngineName = EngineName.auto
+    name: str = "auto"
+    """hf, sglang, or one that `module` registers; auto is sglang on CUDA and hf on a CPU."""
+    module: str | None = None
+    """Python module to import first: it registers an engine (colospec.engine.base.register)."""
     tp: int = 1
     """Tensor-parallel size of one engine replica; it divides the number of engine ranks."""
+    forward_tokens: int | None = None
+    """Most tokens in one forward pass of the target; longer micro-batches run in several, split
+    between documents. Null runs a micro-batch at once."""
+    check: EngineCheck = EngineCheck.layers
+    server_args: dict[str, Any] = field(default_factory=dict)
+    """Passed to SGLang's ServerArgs as they are: +engine.server_args.attention_backend=triton."""
 
 
 @dataclass
@@ -216,6 +261,8 @@ class TrainerConfig:
     dtype: Dtype = Dtype.auto
     """Type of the draft's computation; auto is bfloat16 on CUDA and float32 on the CPU. Master
     weights, optimizer state and losses are float32 in any case."""
+    deterministic: bool = False
+    """Use deterministic kernels alone: the same seed gives the same losses, more slowly."""
     log_interval: int = 10
     save_interval: int = 0
     """Steps between checkpoints; 0 saves only at the end."""
@@ -276,6 +323,7 @@ class RunConfig:
     draft: DraftConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     ring: RingConfig = field(default_factory=RingConfig)
+    mps: MpsConfig = field(default_factory=MpsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -371,9 +419,14 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("draft.draft_vocab_size", 1),
     ("draft.intermediate_size", 1),
     ("draft.chunk_tokens", 1),
+    ("engine.forward_tokens", 1),
     ("engine.tp", 1),
     ("launch.max_restarts", 0),
     ("launch.nodes", 1),
+    ("mps.engine_priority", 0),
+    ("mps.engine_threads", 1),
+    ("mps.trainer_priority", 0),
+    ("mps.trainer_threads", 1),
     ("ring.num_slots", 1),
     ("trainer.accumulation", 1),
     ("trainer.epochs", 1),

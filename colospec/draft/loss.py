@@ -39,17 +39,19 @@ from colospec.draft.alignment import Unroll
 # Most elements of a [rows, vocabulary] tensor; about four of them live at a time. A GPU needs more
 # rows than a CPU to hide the traffic of the head's gradient.
 MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 MIN_ACCEPTANCE = 1e-8
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Which loss, and the weight of each TTT step. `chunk_tokens` bounds the rows of a chunk."""
+    """Which loss, and the weight of each TTT step. `chunk_tokens` bounds the rows of a chunk;
+    None is CHUNK_TOKENS of the device."""
 
     kind: Loss
     lk_eta: float
     step_weights: tuple[float, ...]
-    chunk_tokens: int
+    chunk_tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def _chunks(rows: Unroll, settings: LossSettings, weight: Tensor) -> Iterator[tu
     """Split the teacher rows so that a [chunk, W] tensor has at most MAX_ELEMENTS elements."""
     num_rows = len(rows.teacher_rows)
     limit = MAX_ELEMENTS[weight.device.type] // len(weight)
-    size = max(1, min(settings.chunk_tokens, limit))
+    wanted = settings.chunk_tokens or CHUNK_TOKENS[weight.device.type]
+    size = max(1, min(wanted, limit))
     for start in range(0, num_rows, size):
         yield start, min(start + size, num_rows)
 

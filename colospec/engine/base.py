@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from colospec.batch import Features, FeatureSpec, TokenBatch
-from colospec.config import EngineConfig, EngineName, Weights
+from colospec.config import EngineConfig, Weights
 from colospec.target import Target
 
 
@@ -91,13 +91,11 @@ def open_engine(
     """
     _check_spec(spec, target)
     name = config.name
-    if name is EngineName.auto:
-        name = EngineName.hf
-        if device.type == "cuda" and EngineName.sglang.value in _FACTORIES:
-            name = EngineName.sglang
-    if name.value not in _FACTORIES:
-        raise ValueError(_missing(name.value))
-    return _FACTORIES[name.value](
+    if name == "auto":
+        name = "sglang" if device.type == "cuda" and "sglang" in _FACTORIES else "hf"
+    if name not in _FACTORIES:
+        raise ValueError(_missing(name))
+    return _FACTORIES[name](
         EngineSettings(
             config=config,
             target=target,
@@ -128,7 +126,7 @@ def _check_spec(spec: FeatureSpec, target: Target) -> None:
 def _missing(name: str) -> str:
     known = ", ".join(sorted(_FACTORIES))
     asked = f"engine={name}"
-    if name == EngineName.sglang.value and importlib.util.find_spec("sglang") is None:
+    if name == "sglang" and importlib.util.find_spec("sglang") is None:
         return (
             f"{asked} needs the package sglang: pip install 'colospec[sglang]', or run the target "
             "through transformers with engine=hf"
@@ -142,4 +140,4 @@ def _open_hf(settings: EngineSettings) -> Engine:
     return HfEngine(settings)
 
 
-register(EngineName.hf.value, _open_hf)
+register("hf", _open_hf)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from colospec.batch import FeatureSpec
 from colospec.checkpoint.export import load_draft
-from colospec.config import EngineConfig, EngineName, Weights
+from colospec.config import EngineConfig, Weights
 from colospec.data.encode import load_tokenizer
 from colospec.draft import registry
 from colospec.draft.eagle3 import Eagle3
@@ -144,7 +144,7 @@ def _untrained(trained: Eagle3, target: Target) -> Eagle3:
 def _open_engine(target: Target, draft: Eagle3) -> Engine:
     spec: FeatureSpec = registry.features(draft.config, target)
     return open_engine(
-        EngineConfig(name=EngineName.hf),
+        EngineConfig(name="hf"),
         target,
         spec,
         weights=Weights.pretrained,

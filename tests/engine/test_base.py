@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colospec.batch import FeatureSpec
-from colospec.config import EngineConfig, EngineName, Weights
+from colospec.config import EngineConfig, Weights
 from colospec.engine import base
 from colospec.engine.base import Engine, EngineSettings, open_engine
 from colospec.engine.hf import HfEngine
@@ -51,12 +51,12 @@ def test_auto_is_hf_on_a_cpu(target: Target) -> None:
 )
 def test_sglang_that_is_not_installed_says_what_to_install(target: Target) -> None:
     with pytest.raises(ValueError, match=r"pip install 'colospec\[sglang\]'.*engine=hf"):
-        start(target, EngineConfig(name=EngineName.sglang), device="cuda")
+        start(target, EngineConfig(name="sglang"), device="cuda")
 
 
 def test_hf_refuses_tensor_parallelism(target: Target) -> None:
     with pytest.raises(ValueError, match=r"engine\.tp=2.*engine\.tp=1"):
-        start(target, EngineConfig(name=EngineName.hf, tp=2))
+        start(target, EngineConfig(name="hf", tp=2))
 
 
 def test_absent_aux_layers_are_named(target: Target) -> None:
@@ -80,7 +80,7 @@ def test_registered_engine_gets_all_settings(
         return HfEngine(settings)
 
     base.register("sglang", factory)
-    start(target, EngineConfig(name=EngineName.sglang))
+    start(target, EngineConfig(name="sglang"))
 
     assert seen[0].target is target
     assert (seen[0].max_tokens, seen[0].max_sequences) == (32, 4)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from colospec.batch import FeatureSpec, TokenBatch
-from colospec.config import EngineConfig, EngineName, Weights
+from colospec.config import EngineConfig, Weights
 from colospec.engine.base import Engine, open_engine
 from colospec.target import Target
 from tests.engine import targets
@@ -33,7 +33,7 @@ def start(
 ) -> Engine:
     target = Target.load(path)
     return open_engine(
-        EngineConfig(name=EngineName.hf),
+        EngineConfig(name="hf"),
         target,
         FeatureSpec(aux, last, target.hidden_size, target.dtype),
         weights=weights,
