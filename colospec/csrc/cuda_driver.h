@@ -18,6 +18,7 @@ typedef struct {
 #define CUDA_DRIVER_FUNCTIONS(X)                                                                   \
     X(init, cuInit, (unsigned flags))                                                              \
     X(get_error_string, cuGetErrorString, (int result, const char **text))                         \
+    X(get_current_device, cuCtxGetDevice, (cu_device * device))                                    \
     X(get_device_attribute, cuDeviceGetAttribute, (int *value, int attribute, cu_device device))   \
     X(alloc_memory, cuMemAlloc_v2, (cu_pointer * pointer, size_t nbytes))                          \
     X(free_memory, cuMemFree_v2, (cu_pointer pointer))                                             \

@@ -167,24 +167,29 @@ enum ring_status ring_wait(struct ring_end *end, uint64_t until_ns) {
     return status;
 }
 
-/* Move our own counter on, after a look that nobody else has moved it. Where slots lie in GPU
- * memory, cuda_driver.stream_write_u64 stores the word instead, after the stream's work. */
-enum ring_status ring_advance(struct ring_end *end, uint64_t count) {
+enum ring_status ring_advance(struct ring_end *end, uint64_t count, ring_store store,
+                              void *context) {
     uint64_t *own = end->is_writer ? &end->published : &end->released;
-    if (atomic_load_explicit(&end->own->counter, memory_order_relaxed) != *own)
+    uint64_t now = atomic_load_explicit(&end->own->counter, memory_order_relaxed);
+    /* Nobody else moves it; a stream may be behind, by all slots at most. */
+    if (*own - now > (store == NULL ? 0 : end->geometry.num_slots))
         return corrupt(end, "this side's own counter, which something else has overwritten");
+    if (store != NULL && !store(context, &end->own->counter, *own + count))
+        return RING_AGAIN;
     *own += count;
-    /* Release: everything this side did with the slots happens before the count. */
-    atomic_store_explicit(&end->own->counter, *own, memory_order_release);
+    if (store == NULL)
+        /* Release: everything this side did with the slots happens before the count. */
+        atomic_store_explicit(&end->own->counter, *own, memory_order_release);
     return RING_READY;
 }
 
-enum ring_status ring_publish(struct ring_end *end, const char note[RING_NOTE_BYTES]) {
+enum ring_status ring_publish(struct ring_end *end, const char note[RING_NOTE_BYTES],
+                              ring_store store, void *context) {
     struct ring_slot_header *header = &end->control->slots[ring_slot_of(end, end->published)];
     header->seq = end->published;
     memcpy(header->note, note, RING_NOTE_BYTES);
     header->checksum = header_checksum(end, header);
-    return ring_advance(end, 1);
+    return ring_advance(end, 1, store, context);
 }
 
 void ring_leave(struct ring_end *end, enum ring_status kind, const char *text, size_t length) {

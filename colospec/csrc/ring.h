@@ -106,11 +106,18 @@ const char *ring_open(struct ring_end *end, void *memory, size_t nbytes, bool is
  * waits for CLOSED alone. */
 enum ring_status ring_wait(struct ring_end *end, uint64_t until_ns);
 
-/* Writer: describe the slot of the next sequence number and publish it. */
-enum ring_status ring_publish(struct ring_end *end, const char note[RING_NOTE_BYTES]);
+/* Writes a counter later, in the order of other work (a GPU stream's), and fences that work; false:
+ * it could not be asked for. */
+typedef bool (*ring_store)(void *context, _Atomic uint64_t *counter, uint64_t value);
 
-/* Move this side's counter on: the reader gives back its `count` oldest slots. */
-enum ring_status ring_advance(struct ring_end *end, uint64_t count);
+/* Writer: describe the slot of the next sequence number and publish it; see ring_advance. */
+enum ring_status ring_publish(struct ring_end *end, const char note[RING_NOTE_BYTES],
+                              ring_store store, void *context);
+
+/* Move this side's counter on, by `store` or, where that is NULL, at once: the reader gives back
+ * its `count` oldest slots. AGAIN: `store` failed, and nothing has changed. */
+enum ring_status ring_advance(struct ring_end *end, uint64_t count, ring_store store,
+                              void *context);
 
 /* Leave this side's record, at most RING_TEXT_BYTES long; the first one stays. */
 void ring_leave(struct ring_end *end, enum ring_status kind, const char *text, size_t length);

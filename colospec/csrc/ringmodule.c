@@ -6,9 +6,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdlib.h>
 #include <string.h>
 
-#include "cuda_driver.h"
+#include "cuda_memory.h"
 #include "ring.h"
 
 static const uint64_t SIGNAL_CHECK_NS = 50 * 1000 * 1000;
@@ -16,7 +17,45 @@ static const uint64_t SIGNAL_CHECK_NS = 50 * 1000 * 1000;
 typedef struct {
     PyObject_HEAD Py_buffer memory; /* keeps the mapping alive */
     struct ring_end end;
+    cu_pointer counter; /* where streams find this side's counter; 0: the host writes it */
+    bool by_callback;   /* the device has no stream memory writes */
 } Ring;
+
+/* One counter's way through a stream. */
+struct stream_store {
+    const Ring *ring;
+    cu_stream stream;
+    int error; /* a CUresult */
+};
+
+struct host_store {
+    _Atomic uint64_t *counter;
+    uint64_t value;
+};
+
+/* Runs on a thread of the driver, after the stream's work. */
+static void store_from_host(void *data) {
+    struct host_store *work = data;
+    atomic_store_explicit(work->counter, work->value, memory_order_release);
+    free(work);
+}
+
+static bool store_from_stream(void *context, _Atomic uint64_t *counter, uint64_t value) {
+    struct stream_store *store = context;
+    if (!store->ring->by_callback) {
+        /* Flags 0: a fence before the write orders it after all that the stream has written. */
+        store->error = cuda_driver.stream_write_u64(store->stream, store->ring->counter, value, 0);
+        return store->error == 0;
+    }
+    struct host_store *work = malloc(sizeof *work);
+    if (work == NULL)
+        return (store->error = CUDA_OUT_OF_MEMORY) == 0;
+    *work = (struct host_store){counter, value};
+    store->error = cuda_driver.launch_host_function(store->stream, store_from_host, work);
+    if (store->error != 0)
+        free(work);
+    return store->error == 0;
+}
 
 static PyObject *new_ring(PyTypeObject *type, PyObject *args, PyObject *Py_UNUSED(kwargs)) {
     PyObject *memory;
@@ -82,31 +121,71 @@ static PyObject *wait(PyObject *object, PyObject *args) {
     return Py_BuildValue("iIy#", status, 0, end->record.text, (Py_ssize_t)end->record.length);
 }
 
+/* The last argument of publish and release: a stream where the ring has use_streams, else none. */
+static bool parse_store(PyObject *object, PyObject *args, unsigned long long stream,
+                        struct stream_store *store) {
+    const Ring *self = (const Ring *)object;
+    *store = (struct stream_store){.ring = self, .stream = (cu_stream)(uintptr_t)stream};
+    if ((self->counter != 0) == (PyTuple_Size(args) == 2))
+        return true;
+    PyErr_SetString(PyExc_ValueError, "a stream is needed after use_streams, and only then");
+    return false;
+}
+
+static PyObject *status_of(enum ring_status status, const struct stream_store *store) {
+    if (store->error != 0)
+        return raise_cuda_error("writing a ring's counter from a stream", store->error);
+    return PyLong_FromLong(status);
+}
+
 static PyObject *publish(PyObject *object, PyObject *args) {
     struct ring_end *end = &((Ring *)object)->end;
+    struct stream_store store;
     const char *note;
     Py_ssize_t length;
-    if (!PyArg_ParseTuple(args, "y#", &note, &length))
+    unsigned long long stream = 0;
+    if (!PyArg_ParseTuple(args, "y#|K", &note, &length, &stream) ||
+        !parse_store(object, args, stream, &store))
         return NULL;
     if (!end->is_writer || end->has_left || length != RING_NOTE_BYTES ||
         end->published - end->released >= end->geometry.num_slots)
         return PyErr_Format(PyExc_ValueError, "no free slot for a note of %zd bytes", length);
-    enum ring_status status = ring_publish(end, note);
+    enum ring_status status =
+        ring_publish(end, note, store.ring->counter ? store_from_stream : NULL, &store);
     ring_set_phase(end, RING_WORKING);
-    return PyLong_FromLong(status);
+    return status_of(status, &store);
 }
 
-static PyObject *release(PyObject *object, PyObject *number) {
+static PyObject *release(PyObject *object, PyObject *args) {
     struct ring_end *end = &((Ring *)object)->end;
-    size_t count = PyLong_AsSize_t(number);
-    if (PyErr_Occurred())
+    struct stream_store store;
+    unsigned long long count, stream = 0;
+    if (!PyArg_ParseTuple(args, "K|K", &count, &stream) ||
+        !parse_store(object, args, stream, &store))
         return NULL;
     if (end->is_writer || end->has_left || count > end->taken - end->released)
-        return PyErr_Format(PyExc_ValueError, "%zu slots to release, not so many taken", count);
-    enum ring_status status = ring_advance(end, count);
+        return PyErr_Format(PyExc_ValueError, "%llu slots to release, not so many taken", count);
+    enum ring_status status =
+        ring_advance(end, count, store.ring->counter ? store_from_stream : NULL, &store);
     if (end->taken == end->released)
         ring_set_phase(end, RING_WORKING);
-    return PyLong_FromLong(status);
+    return status_of(status, &store);
+}
+
+/* `control`: the control block's address for the GPU. From now on streams write our counter. */
+static PyObject *use_streams(PyObject *object, PyObject *args) {
+    Ring *self = (Ring *)object;
+    unsigned long long control;
+    int by_callback;
+    const char *error = load_cuda_driver();
+    if (!PyArg_ParseTuple(args, "Kp", &control, &by_callback))
+        return NULL;
+    if (error != NULL)
+        return PyErr_Format(PyExc_RuntimeError, "%s", error);
+    const char *counter = (const char *)&self->end.own->counter;
+    self->counter = control + (uint64_t)(counter - (const char *)self->end.control);
+    self->by_callback = by_callback;
+    Py_RETURN_NONE;
 }
 
 static PyObject *leave(PyObject *object, PyObject *args) {
@@ -134,15 +213,11 @@ static PyObject *state(PyObject *object, PyObject *Py_UNUSED(ignored)) {
         atomic_load(&control->reader.wait_ns));
 }
 
-static PyObject *cuda_driver_error(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(ignored)) {
-    const char *error = load_cuda_driver();
-    return error ? PyUnicode_DecodeLocale(error, "surrogateescape") : Py_NewRef(Py_None);
-}
-
 static PyMethodDef ring_methods[] = {
     {"wait", wait, METH_VARARGS, "wait(timeout_s, held, peer_fd) -> (status, slot, note or text)"},
-    {"publish", publish, METH_VARARGS, "publish(note) -> status"},
-    {"release", release, METH_O, "release(count) -> status, of the oldest slots taken"},
+    {"publish", publish, METH_VARARGS, "publish(note[, stream]) -> status"},
+    {"release", release, METH_VARARGS, "release(count[, stream]) -> status, of the oldest taken"},
+    {"use_streams", use_streams, METH_VARARGS, "use_streams(control, by_callback)"},
     {"leave", leave, METH_VARARGS, "leave(kind, text): write END, ERROR or CLOSED"},
     {"state", state, METH_NOARGS, "state() -> (published, released, writer, reader)"},
     {NULL, NULL, 0, NULL},
@@ -182,17 +257,12 @@ static int exec_module(PyObject *module) {
     return result;
 }
 
-static PyMethodDef module_methods[] = {
-    {"cuda_driver_error", cuda_driver_error, METH_NOARGS, "None if libcuda works, or why not"},
-    {NULL, NULL, 0, NULL},
-};
-
 static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, exec_module}, {0, NULL}};
 
 static PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "colospec._ring",
-    .m_methods = module_methods,
+    .m_methods = cuda_memory_methods,
     .m_slots = module_slots,
 };
 

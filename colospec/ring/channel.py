@@ -8,13 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import os
 import secrets
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from colospec import _ring
 from colospec.batch import Features, FeatureSpec, TokenBatch
+from colospec.ring.device import (
+    DeviceBuffer,
+    PinnedMapping,
+    Streams,
+    allocate,
+    explain_missing_ipc,
+    export,
+    gpu_uuid,
+    open_exported,
+    use_device,
+)
 from colospec.ring.errors import Corrupt, RingState, shorten
 from colospec.ring.handshake import (
     Offer,
@@ -28,16 +42,23 @@ from colospec.ring.handshake import (
 from colospec.ring.lease import LeaseBook, SlotLease
 from colospec.ring.link import Link
 from colospec.ring.memory import Process, SharedFile, boot_id, map_foreign
-from colospec.ring.spec import Agreement, Note, SlotLayout, check_size, control_bytes
+from colospec.ring.spec import Agreement, Note, Slot, SlotLayout, check_size, control_bytes
 
+Payload = Literal["auto", "ipc", "host"]
+CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
 
 class Writer:
     """The engine's side: implements `batch.FeatureSink`.
 
+    On a CUDA `device` the slots lie in its memory (`payload` "ipc"), or in pinned host memory
+    ("host"; "auto" where CUDA IPC does not work); `publish` follows the current stream's work and
+    never waits for it.
+
     Raises SpecMismatch if the trainer was started with other settings, PeerFailed if it could not
-    attach, and RingTimeout if it did not come within `timeout_s`, which also bounds `close`.
+    attach, RingTimeout if it did not come within `timeout_s`, which also bounds `close`, and
+    MemoryError if the slots do not fit into the GPU.
     `acquire` and `publish` can raise Closed, PeerDied, Corrupt and RingTimeout (see colospec.ring).
     """
 
@@ -52,7 +73,8 @@ class Writer:
         num_slots: int,
         plan_digest: str,
         timeout_s: float,
-        gpu_uuid: str | None = None,
+        device: torch.device = CPU,
+        payload: Payload = "auto",
     ) -> None:
         self._limits = (max_tokens, max_sequences)
         self._timeout_s = timeout_s
@@ -62,26 +84,37 @@ class Writer:
         ring_id = secrets.token_hex(8)
         agreement = Agreement.of(
             spec, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
-            plan_digest=plan_digest, gpu_uuid=gpu_uuid, boot_id=boot_id(),
+            plan_digest=plan_digest, gpu_uuid=gpu_uuid(device), boot_id=boot_id(),
         )  # fmt: skip
+        buffers, handles = _allocate(device, payload, num_slots, layout.slot_bytes)
         # Attached or not, the files are closed: mappings do not need them. The control block goes
         # first (see _attach).
         with (
-            SharedFile("colospec-payload", num_slots * layout.slot_bytes) as payload,
+            SharedFile("colospec-payload", num_slots * layout.slot_bytes) as payload_file,
             SharedFile("colospec-control", control_bytes(num_slots)) as control,
         ):
             label = layout.label(max_sequences, ring_id)
-            ring = _ring.Ring(control.map(), True, num_slots, 0, label)
-            slots = layout.slots(payload.map(), num_slots)
-            offer = Offer(Process.current(), agreement, ring_id, control.fd, payload.fd)
+            block = control.map()
+            ring = _ring.Ring(block, True, num_slots, 0, label)
+            offer = Offer(
+                Process.current(), agreement, ring_id, control.fd, payload_file.fd, handles,
+                tuple(buffer.pointer for buffer in buffers),
+            )  # fmt: skip
             try:
-                pidfd = _meet(store, pair, offer, timeout_s)
+                pidfd, uses_ipc = _meet(store, pair, offer, timeout_s)
             except BaseException as error:
                 # For a trainer that attaches in this very moment.
                 text = f"the engine gave up at the handshake: {type(error).__name__}: {error}"
                 ring.leave(_ring.ERROR, shorten(text, _ring.TEXT_BYTES))
                 raise
-        self._link = Link(ring, slots, pair=pair, peer="trainer", pidfd=pidfd)
+            host = None if uses_ipc else payload_file.map()
+        try:
+            slots = _slots(layout, num_slots, device, buffers if uses_ipc else None, host)
+            streams = Streams(ring, block, device) if device.type == "cuda" else None
+        except BaseException:
+            os.close(pidfd)
+            raise
+        self._link = Link(ring, slots, pair=pair, peer="trainer", pidfd=pidfd, streams=streams)
 
     def acquire(self, tokens: TokenBatch, *, timeout_s: float) -> Features:
         """Wait for a free slot; return its views [T, width], to be filled before `publish`."""
@@ -105,7 +138,7 @@ class Writer:
         tokens, self._filling = self._filling, None
         if self._has_ended:
             raise RuntimeError(f"publish of {tokens.cursor} after fail")
-        self._link.require(self._link.ring.publish(Note.of(tokens).to_bytes()))
+        self._link.publish(Note.of(tokens).to_bytes())
 
     def end(self) -> None:
         """Say that no micro-batch follows those published. Without effect after `fail`."""
@@ -126,7 +159,7 @@ class Writer:
         """Let go of the memory once the trainer has let go or is dead. Idempotent.
 
         A ring closed without `end` or `fail` is an error for the trainer. A trainer that does not
-        close within `timeout_s` costs a warning.
+        close within `timeout_s` costs a warning, and keeps the memory.
         """
         if not self._link.is_open:
             return
@@ -136,6 +169,7 @@ class Writer:
             if status == _ring.CORRUPT:
                 log.warning("%s", self._link.corrupt(detail.decode()))
             elif status == _ring.AGAIN:
+                _KEPT.append(self._link.slots)
                 log.warning(
                     "the trainer did not let go of the ring within %g s [%s]",
                     self._timeout_s, self._link.state(),
@@ -159,7 +193,8 @@ class Reader:
     `lease` "view" hands out tensors that lie in the slot; "copy" clones them and frees the slot at
     once. Several leases may be held, and released in any order; the engine gets slots back in
     theirs. `poison` fills released slots with NaN, to find readers of released leases. Raises as
-    `Writer` does, and PeerDied if the engine is gone already.
+    `Writer` does, and PeerDied if the engine is gone already. Slots in pinned host memory are
+    always copied out: reading them again and again over PCIe would be slower.
     """
 
     def __init__(
@@ -175,21 +210,24 @@ class Reader:
         timeout_s: float,
         lease: Literal["view", "copy"] = "view",
         poison: bool = False,
-        gpu_uuid: str | None = None,
+        device: torch.device = CPU,
+        payload: Payload = "auto",
     ) -> None:
         self._limits = (max_tokens, max_sequences)
-        self._book = LeaseBook(copies=lease == "copy", poison=poison, release=self._release)
         layout = SlotLayout.plan(spec, max_tokens)
         agreement = Agreement.of(
             spec, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
-            plan_digest=plan_digest, gpu_uuid=gpu_uuid, boot_id=boot_id(),
+            plan_digest=plan_digest, gpu_uuid=gpu_uuid(device), boot_id=boot_id(),
         )  # fmt: skip
         reply, link = Offer(Process.current(), agreement), None
         try:
             offer = receive(store, pair, "engine", timeout_s=timeout_s)
             reply = replace(reply, ring_id=offer.ring_id)
             compare(pair, engine=offer.agreement, trainer=agreement)
-            link = _attach(offer, pair, layout, num_slots, max_sequences)
+            link, uses_ipc = _attach(
+                offer, pair, layout, num_slots, max_sequences, device, required=payload == "ipc"
+            )
+            reply = replace(reply, uses_ipc=uses_ipc)
             store.set(key(pair, "trainer"), reply.to_bytes())
         except BaseException as error:
             if link is not None:
@@ -200,6 +238,8 @@ class Reader:
                 store.set(key(pair, "trainer"), refusal.to_bytes())
             raise
         self._link = link
+        copies = lease == "copy" or (device.type == "cuda" and not uses_ipc)
+        self._book = LeaseBook(copies=copies, poison=poison, release=link.release)
 
     def acquire(self, *, timeout_s: float) -> SlotLease | None:
         """Wait for the oldest full slot; None after the engine's `end`."""
@@ -215,8 +255,11 @@ class Reader:
         """Tell the engine to stop, release all leases, and let go of the memory. Idempotent."""
         if not self._link.is_open:
             return
+        self._link.require_open()
         try:
             self._book.release_all()
+            # Before the engine may free what is mapped here.
+            self._link.detach()
         finally:
             self._link.ring.leave(_ring.CLOSED, b"")
             self._link.close()
@@ -230,35 +273,100 @@ class Reader:
         """Slots published and not yet released, those under lease among them."""
         return self.stats().filled
 
-    def _release(self, count: int) -> None:
-        self._link.require(self._link.ring.release(count))
+
+_KEPT: list[list[Slot]] = []
+"""Slots that a trainer may still be using; the process's end frees them."""
 
 
-def _meet(store: Store, pair: str, offer: Offer, timeout_s: float) -> int:
-    """Offer the ring; return the pidfd of the trainer that has attached."""
+def _allocate(
+    device: torch.device, payload: Payload, num_slots: int, slot_bytes: int
+) -> tuple[list[DeviceBuffer], tuple[str, ...]]:
+    """Return the engine's slots in GPU memory and their handles; none for host memory."""
+    if device.type != "cuda":
+        return [], ()
+    use_device(device)
+    if payload == "host":
+        return [], ()
+    buffers = allocate(num_slots, slot_bytes)
+    handles = export(buffers, required=payload == "ipc")
+    return (buffers, handles) if handles else ([], ())
+
+
+def _slots(
+    layout: SlotLayout,
+    num_slots: int,
+    device: torch.device,
+    buffers: list[DeviceBuffer] | None,
+    host: mmap.mmap | None,
+) -> list[Slot]:
+    """View the slots where they lie: in GPU memory, or in a file that a GPU may see too."""
+    if buffers is not None:
+        return [Slot(layout, buffer.tensor(device)) for buffer in buffers]
+    assert host is not None
+    if device.type != "cuda":
+        return layout.slots(host, num_slots)
+    return [Slot(layout, piece) for piece in PinnedMapping(host).slots(num_slots, device)]
+
+
+def _meet(store: Store, pair: str, offer: Offer, timeout_s: float) -> tuple[int, bool]:
+    """Offer the ring; return the pidfd of the trainer that has attached, and if by CUDA IPC."""
     store.set(key(pair, "engine"), offer.to_bytes())
     reply = receive(store, pair, "trainer", timeout_s=timeout_s)
     raise_stale(pair, offer, reply)
     compare(pair, engine=offer.agreement, trainer=reply.agreement)
     raise_refusal(pair, reply)
-    return reply.process.watch()
+    return reply.process.watch(), reply.uses_ipc
 
 
 def _attach(
-    offer: Offer, pair: str, layout: SlotLayout, num_slots: int, max_sequences: int
-) -> Link:
+    offer: Offer,
+    pair: str,
+    layout: SlotLayout,
+    num_slots: int,
+    max_sequences: int,
+    device: torch.device,
+    *,
+    required: bool,
+) -> tuple[Link, bool]:
+    """Map the engine's memory; also return whether by CUDA IPC (which may be `required`)."""
     pidfd = offer.process.watch()
     try:
+        buffers = _open_buffers(offer, layout, num_slots, device, required=required)
         # The control block comes last: its engine withdraws it first, and it holds the ring's id,
         # so that while it is there both file descriptors still mean what the offer says.
-        payload = map_foreign(offer.process, pidfd, offer.payload_fd, num_slots * layout.slot_bytes)
+        host = None
+        if buffers is None:
+            nbytes = num_slots * layout.slot_bytes
+            host = map_foreign(offer.process, pidfd, offer.payload_fd, nbytes)
         control = map_foreign(offer.process, pidfd, offer.control_fd, control_bytes(num_slots))
         label = layout.label(max_sequences, offer.ring_id)
         try:
             ring = _ring.Ring(control, False, num_slots, 0, label)
         except ValueError as error:
             raise Corrupt(str(error)) from None
-        return Link(ring, layout.slots(payload, num_slots), pair=pair, peer="engine", pidfd=pidfd)
+        slots = _slots(layout, num_slots, device, buffers, host)
+        streams = Streams(ring, control, device) if device.type == "cuda" else None
+        link = Link(ring, slots, pair=pair, peer="engine", pidfd=pidfd, streams=streams)
+        return link, buffers is not None
     except BaseException:
         os.close(pidfd)
         raise
+
+
+def _open_buffers(
+    offer: Offer, layout: SlotLayout, num_slots: int, device: torch.device, *, required: bool
+) -> list[DeviceBuffer] | None:
+    """Map the engine's slots in GPU memory; None if it has none, or CUDA IPC does not work."""
+    if device.type != "cuda":
+        return None
+    use_device(device)
+    if not offer.handles:
+        if required:
+            explain_missing_ipc(RuntimeError("the engine could not export"), required=True)
+        return None
+    if len(offer.handles) != num_slots or len(offer.pointers) != num_slots:
+        raise Corrupt(f"the engine offers {len(offer.handles)} slots, expected {num_slots}")
+    if offer.process == Process.current():
+        # CUDA maps no handle in the process that made it.
+        return [DeviceBuffer(pointer, layout.slot_bytes, None) for pointer in offer.pointers]
+    return open_exported(offer.handles, layout.slot_bytes, required=required)

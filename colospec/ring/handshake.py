@@ -27,9 +27,12 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Offer:
-    """What a side tells the other. An engine names its files; a trainer may leave an `error`.
+    """What a side tells the other. An engine names its memory; a trainer may leave an `error`.
 
-    `ring_id` is the engine's, repeated by the trainer: keys of an earlier ring are not mistaken.
+    Where slots lie on a GPU, `handles` are the CUDA IPC handles of the slots in hex, `pointers`
+    their addresses in the engine's process, and the trainer answers whether it uses them
+    (`uses_ipc`) or the payload file. `ring_id` is the engine's, repeated by the trainer: keys of an
+    earlier ring are not mistaken.
     """
 
     process: Process
@@ -37,6 +40,9 @@ class Offer:
     ring_id: str = ""
     control_fd: int = -1
     payload_fd: int = -1
+    handles: tuple[str, ...] = ()
+    pointers: tuple[int, ...] = ()
+    uses_ipc: bool = False
     error: str | None = None
 
     def to_bytes(self) -> bytes:
@@ -57,6 +63,9 @@ class Offer:
                 ring_id=str(fields["ring_id"]),
                 control_fd=int(fields["control_fd"]),
                 payload_fd=int(fields["payload_fd"]),
+                handles=tuple(bytes.fromhex(handle).hex() for handle in fields["handles"]),
+                pointers=tuple(int(pointer) for pointer in fields["pointers"]),
+                uses_ipc=bool(fields["uses_ipc"]),
                 error=None if error is None else str(error),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -6,6 +6,7 @@ import os
 import time
 
 from colospec import _ring
+from colospec.ring.device import Streams
 from colospec.ring.errors import (
     Closed,
     Corrupt,
@@ -28,12 +29,21 @@ _AWAITED = {"engine": "published no features", "trainer": "released no slot"}
 
 
 class Link:
-    """What `Writer` and `Reader` share. `peer` is "engine" or "trainer"."""
+    """What `Writer` and `Reader` share. `peer` is "engine" or "trainer"; `streams` write the
+    counters where slots lie on a GPU."""
 
     def __init__(
-        self, ring: _ring.Ring, slots: list[Slot], *, pair: str, peer: str, pidfd: int
+        self,
+        ring: _ring.Ring,
+        slots: list[Slot],
+        *,
+        pair: str,
+        peer: str,
+        pidfd: int,
+        streams: Streams | None = None,
     ) -> None:
         self.slots = slots
+        self._streams = streams
         self._ring: _ring.Ring | None = ring
         self._pair = pair
         self._peer = peer
@@ -90,8 +100,23 @@ class Link:
             raise self._error(status, detail.decode(errors="replace"))
         return slot, detail
 
-    def require(self, status: int) -> None:
-        """Raise unless a publication or a release has worked."""
+    def publish(self, note: bytes) -> None:
+        """Publish the slot acquired last, in the order of the current stream."""
+        streams = self._streams
+        ring = self.ring
+        self._require(
+            ring.publish(note) if streams is None else ring.publish(note, streams.current())
+        )
+
+    def release(self, count: int) -> None:
+        """Give back the oldest slots, in the order of the current stream."""
+        streams = self._streams
+        ring = self.ring
+        self._require(
+            ring.release(count) if streams is None else ring.release(count, streams.current())
+        )
+
+    def _require(self, status: int) -> None:
         if status != _ring.READY:
             raise self._error(status, "this side's own counter, overwritten by something else")
 
@@ -122,14 +147,26 @@ class Link:
             _side(engine, _ENGINE_PHASES), _side(trainer, _TRAINER_PHASES),
         )  # fmt: skip
 
+    def detach(self) -> None:
+        """Wait for what the GPU does with the slots, then drop them; memory goes when no view is
+        left. Idempotent."""
+        streams, self._streams = self._streams, None
+        try:
+            if streams is not None:
+                streams.close()
+        finally:
+            self.slots = []
+
     def close(self) -> None:
-        """Drop the slots and the pidfd; memory goes when no view is left. Idempotent."""
+        """Detach and drop the pidfd. Idempotent."""
         if self._ring is None:
             return
-        self._last_state = self.state()
-        self._ring = None
-        self.slots = []
-        os.close(self._pidfd)
+        try:
+            self.detach()
+        finally:
+            self._last_state = self.state()
+            self._ring = None
+            os.close(self._pidfd)
 
 
 def _side(raw: tuple[int, int, int], phases: tuple[str, ...]) -> SideState:

@@ -64,10 +64,7 @@ class SlotLayout:
     def slots(self, memory: mmap.mmap, num_slots: int) -> list[Slot]:
         """View `memory` (num_slots * slot_bytes, host) as slots; the views keep it alive."""
         flat = torch.frombuffer(memory, dtype=torch.uint8)
-        return [
-            Slot(self, flat[slot * self.slot_bytes : (slot + 1) * self.slot_bytes])
-            for slot in range(num_slots)
-        ]
+        return [Slot(self, piece) for piece in flat.chunk(num_slots)]
 
 
 class Slot:

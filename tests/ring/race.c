@@ -72,7 +72,7 @@ static void *write_all(void *argument) {
         uint32_t *slot = job->payload[ring_slot_of(&end, end.published)];
         for (uint64_t i = 0; i < note.num_tokens * WIDTH; i++)
             slot[i] = (uint32_t)(index * 31 + i);
-        CHECK(ring_publish(&end, (const char *)&note) == RING_READY);
+        CHECK(ring_publish(&end, (const char *)&note, NULL, NULL) == RING_READY);
     }
     ring_leave(&end, job->last, "boom", 4);
     CHECK(wait_long(&end) == RING_CLOSED);
@@ -93,7 +93,7 @@ static void *read_all(void *argument) {
             CHECK(slot[i] == (uint32_t)(index * 31 + i));
         memset(slot, 0xff, sizeof *job->payload);
         index++;
-        CHECK(ring_advance(&end, 1) == RING_READY);
+        CHECK(ring_advance(&end, 1, NULL, NULL) == RING_READY);
         if (index == job->close_after)
             break;
     }
@@ -126,7 +126,7 @@ static void read_damaged(struct ring_control *control) {
     while (ring_wait(&end, 0) == RING_READY) {
         CHECK(++num_taken <= NUM_SLOTS);
         CHECK(ring_slot_of(&end, end.taken - 1) < NUM_SLOTS);
-        if (num_taken < NUM_SLOTS && ring_advance(&end, 1) != RING_READY)
+        if (num_taken < NUM_SLOTS && ring_advance(&end, 1, NULL, NULL) != RING_READY)
             return;
     }
 }
@@ -138,7 +138,7 @@ static void write_damaged(const struct ring_end *pristine) {
         if (ring_wait(&end, 0) != RING_READY)
             break;
         CHECK(i < NUM_SLOTS);
-        if (ring_publish(&end, (const char *)&note) != RING_READY)
+        if (ring_publish(&end, (const char *)&note, NULL, NULL) != RING_READY)
             break;
     }
     ring_leave(&end, RING_END, "", 0);
@@ -152,7 +152,7 @@ static void run_flips(void) {
     unsigned char *pristine = malloc(CONTROL_BYTES);
     for (uint64_t index = 0; index < 2; index++) {
         struct note note = describe(index + 3);
-        CHECK(ring_publish(&writer, (const char *)&note) == RING_READY);
+        CHECK(ring_publish(&writer, (const char *)&note, NULL, NULL) == RING_READY);
     }
     struct ring_end has_left = writer;
     ring_leave(&has_left, RING_ERROR, "boom", 4);

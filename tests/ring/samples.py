@@ -61,7 +61,7 @@ def assert_same(found, expected):
             continue
         assert one.shape == other.shape
         assert one.dtype == other.dtype
-        assert torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
+        assert torch.equal(one.cpu().contiguous().view(torch.uint8), other.view(torch.uint8))
 
 
 class MemoryStore:

@@ -16,8 +16,9 @@ import torch
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
 from colospec.ring import Closed, Corrupt, PeerDied, PeerFailed, RingTimeout, SpecMismatch
 from colospec.ring.channel import Reader, Writer
-from colospec.ring.handshake import Offer
+from colospec.ring.handshake import Offer, compare
 from colospec.ring.memory import Process, SharedFile, map_foreign
+from colospec.ring.spec import Agreement
 from tests.ring.samples import (
     SPEC,
     DirectoryStore,
@@ -123,7 +124,6 @@ MISMATCHES = {
     "another plan": ({}, {"plan_digest": "plan-2"}, "plan plan-2"),
     "more slots": ({}, {"num_slots": 4}, "num_slots 4"),
     "more tokens": ({}, {"max_tokens": 64}, "max_tokens 64"),
-    "another GPU": ({}, {"gpu_uuid": "GPU-1"}, "CUDA_VISIBLE_DEVICES"),
 }
 
 
@@ -138,6 +138,19 @@ def test_mismatch_raises_on_both_sides_and_shows_both(case, tmp_path):
     assert told == f"SpecMismatch: {caught.value}"
     for text in ("engine:  aux_hidden_states", "trainer: aux_hidden_states", "plan plan-1"):
         assert text in told
+
+
+def test_another_gpu_is_named_before_anything_is_mapped():
+    terms = {
+        "max_tokens": 8,
+        "max_sequences": 8,
+        "num_slots": 3,
+        "plan_digest": "p",
+        "boot_id": "b",
+    }
+    engine, trainer = (Agreement.of(SMALL, gpu_uuid=uuid, **terms) for uuid in ("GPU-1", "GPU-2"))
+    with pytest.raises(SpecMismatch, match=r"CUDA_VISIBLE_DEVICES(.|\n)*GPU GPU-1(.|\n)*GPU GPU-2"):
+        compare("0", engine=engine, trainer=trainer)
 
 
 def test_killed_engine_is_drained_and_then_named(tmp_path):
