@@ -36,7 +36,7 @@ def options(group):
 def test_every_combination_of_groups_composes(mode, draft, engine, tracker):
     run = load(f"+mode={mode}", f"draft={draft}", f"engine={engine}", f"tracker={tracker}")
     assert run.mode is Mode[mode]
-    assert run.engine.name.value == engine
+    assert run.engine.name == engine
     assert isinstance(run.draft, Eagle3Config)
 
 

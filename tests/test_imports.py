@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "colospec"
 LINE = [
-    "config", "topology", "store", "watchdog", "world", "batch", "target", "launch", "data", "ring",
+    "config", "topology", "store", "watchdog", "world", "batch", "target", "mps", "launch", "data", "ring",
     "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep", "dry_run", "doctor",
     "run",
 ]  # fmt: skip

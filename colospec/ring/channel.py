@@ -27,6 +27,7 @@ from colospec.ring.device import (
     export,
     gpu_uuid,
     open_exported,
+    own_buffers,
     use_device,
 )
 from colospec.ring.errors import Corrupt, RingState, shorten
@@ -367,6 +368,5 @@ def _open_buffers(
     if len(offer.handles) != num_slots or len(offer.pointers) != num_slots:
         raise Corrupt(f"the engine offers {len(offer.handles)} slots, expected {num_slots}")
     if offer.process == Process.current():
-        # CUDA maps no handle in the process that made it.
-        return [DeviceBuffer(pointer, layout.slot_bytes, None) for pointer in offer.pointers]
+        return own_buffers(offer.pointers)
     return open_exported(offer.handles, layout.slot_bytes, required=required)

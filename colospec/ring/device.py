@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class DeviceBuffer:
     """GPU memory that is not torch's, for torch; `let_go` runs once no tensor refers to it."""
 
-    def __init__(self, pointer: int, nbytes: int, let_go: Callable[[], None] | None) -> None:
+    def __init__(self, pointer: int, nbytes: int, let_go: Callable[[], None]) -> None:
         self.pointer = pointer
         self.nbytes = nbytes
         self.__cuda_array_interface__ = {
@@ -34,9 +34,8 @@ class DeviceBuffer:
             "typestr": "|u1",
             "version": 3,
         }
-        if let_go is not None:
-            # Not at exit: the driver may be gone by then, and takes the memory back itself.
-            weakref.finalize(self, let_go).atexit = False
+        # Not at exit: the driver may be gone by then, and takes the memory back itself.
+        weakref.finalize(self, let_go).atexit = False
 
     def tensor(self, device: torch.device) -> Tensor:
         """View all of it, uint8 [nbytes]; the view keeps this object alive."""
@@ -120,8 +119,15 @@ def allocate(num_slots: int, slot_bytes: int) -> list[DeviceBuffer]:
                 f"no GPU memory for {num_slots} ring slots of {slot_bytes / 2**20:.0f} MiB "
                 f"({error}); lower ring.num_slots, data.token_budget or memory.*_fraction"
             ) from None
-        buffers.append(DeviceBuffer(pointer, slot_bytes, _freer(_ring.gpu_free, pointer)))
+        buffer = DeviceBuffer(pointer, slot_bytes, _freer(_ring.gpu_free, pointer))
+        _ALLOCATED[pointer] = buffer
+        buffers.append(buffer)
     return buffers
+
+
+def own_buffers(pointers: Sequence[int]) -> list[DeviceBuffer]:
+    """Return what `allocate` of this process returned: CUDA maps no handle where it was made."""
+    return [_ALLOCATED[pointer] for pointer in pointers]
 
 
 def export(buffers: Sequence[DeviceBuffer], *, required: bool) -> tuple[str, ...]:
@@ -162,6 +168,9 @@ def explain_missing_ipc(error: RuntimeError, *, required: bool) -> None:
         "CUDA IPC does not work here (%s): features go through pinned host memory, which is slower",
         error,
     )
+
+
+_ALLOCATED: weakref.WeakValueDictionary[int, DeviceBuffer] = weakref.WeakValueDictionary()
 
 
 def _freer(function: Callable[[int], None], pointer: int) -> Callable[[], None]:

