@@ -1,6 +1,7 @@
 """Who may import whom: only leftward on the data line, and only what pyproject.toml declares."""
 
 import ast
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -10,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "colospec"
 LINE = [
-    "config", "topology", "store", "watchdog", "world", "batch", "target", "mps", "launch", "data", "ring",
-    "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep", "dry_run", "doctor",
-    "run",
+    "config", "topology", "store", "watchdog", "world", "batch", "target", "mps", "launch", "data",
+    "ring", "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep", "dry_run",
+    "doctor", "run",
 ]  # fmt: skip
 FOR_ALL = {"log", "metrics"}
 DISTRIBUTION = {"hydra": "hydra-core", "PIL": "pillow"}
@@ -68,9 +69,16 @@ def test_imports_and_declared_dependencies_are_the_same_set():
         for name in imported(path)
         if (top := name.split(".")[0]) not in sys.stdlib_module_names and top != "colospec"
     }
-    # Comes with transformers, whose fast tokenizers it is.
-    used -= {"tokenizers"}
+    # These come with transformers (its fast tokenizers), and with torch for CUDA.
+    used -= {"tokenizers", "triton"}
     assert used - optional == declared
+
+
+def test_sglang_is_imported_by_its_own_engine_alone():
+    pattern = re.compile(r'import_module\(\s*"sglang|^\s*(import|from) sglang', re.M)
+    users = [p.relative_to(PACKAGE) for p in sources() if pattern.search(p.read_text())]
+    assert users
+    assert all(user.parent.name == "engine" and user.name.startswith("sglang") for user in users)
 
 
 def test_settings_compose_without_importing_torch():

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import sys
 
 import pytest
 import torch
@@ -171,6 +173,18 @@ def test_the_trainer_sees_the_engines_features_bit_for_bit_over_300_steps(gpu_jo
     assert len(trainer) >= 300
     assert len(set(trainer.values())) > 250
     assert {cursor: engine[cursor] for cursor in trainer} == trainer
+
+
+def test_each_job_of_a_sweep_has_a_daemon_of_its_own(gpu_job, tmp_path):
+    words = [
+        sys.executable, "-m", "colospec.run", "-m", "+mode=colocate", *gpu_job, "launch.gpus=1",
+        "trainer.lr=1e-3,3e-3", f"run_dir={tmp_path / 'sweep'}",
+    ]  # fmt: skip
+    code, output, _ = run(words, 2 * TIMEOUT_S)
+    assert code == 0, output[-4000:]
+    logs = [tmp_path / "sweep" / number / "log" / "rank0.log" for number in ("0", "1")]
+    daemons = [re.search(r"mps: daemon (\d+)", log.read_text())[1] for log in logs]
+    assert daemons[0] != daemons[1]
 
 
 def test_gpu_is_free_after_a_kill_of_everything(gpu_job, tmp_path):
