@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 draft ?= eagle3
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-offline format lint types test test-gpu soak demo train sweep bench plots clean
+.PHONY: help install install-offline doctor format lint types test test-gpu soak demo train sweep bench plots clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -22,6 +22,9 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard colospec/csrc/*)
 
 install-offline:  ## Build the extension into the current python, without the network
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+
+doctor: $(STAMP)  ## Look at this machine: GPUs, MPS, limits, versions
+	$(BIN)/python -m colospec.doctor
 
 format: $(STAMP)  ## Format Python and C
 	$(BIN)/ruff format .

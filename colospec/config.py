@@ -395,6 +395,10 @@ def check(run: RunConfig) -> None:
         )
     if run.launch.gpus != "auto" and not (run.launch.gpus.isdigit() and int(run.launch.gpus) > 0):
         raise ValueError(f"launch.gpus={run.launch.gpus} must be auto or a number from 1")
+    for name in ("mps.trainer_threads", "mps.engine_threads"):
+        threads = _value(run, name)
+        if threads is not None and threads > 100:
+            raise ValueError(f"{name}={threads} is a share of the SMs in percent: at most 100")
     if run.mode is Mode.alternate and run.engine.tp != 1:
         raise ValueError(
             f"engine.tp={run.engine.tp} does not work in mode=alternate, where every rank runs its "
@@ -453,6 +457,8 @@ _ABOVE_ZERO = (
 _AT_MOST_ONE = (
     "data.max_filtered_fraction",
     "draft.step_weight_decay",
+    "mps.engine_priority",
+    "mps.trainer_priority",
     "trainer.decay_fraction",
     "trainer.warmup_fraction",
 )

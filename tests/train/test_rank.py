@@ -48,11 +48,13 @@ def test_a_second_job_in_one_run_directory_is_refused(tmp_path):
         held.wait(10)
 
 
-def test_alternate_ranks_have_the_memory_of_both_roles():
-    run = RunConfig(mode=Mode.alternate, draft=Eagle3Config())
-    assert memory_share(run, Role.TRAINER) == pytest.approx(0.9)
-    run.mode = Mode.colocate
-    assert memory_share(run, Role.ENGINE) == pytest.approx(0.45)
+def test_each_role_is_held_to_its_share_of_the_gpu():
+    run = RunConfig(mode=Mode.colocate, draft=Eagle3Config())
+    run.memory.trainer_fraction, run.memory.engine_fraction = 0.5, 0.3
+    assert memory_share(run, Role.TRAINER, ring=0.1) == pytest.approx(0.5)
+    assert memory_share(run, Role.ENGINE, ring=0.1) == pytest.approx(0.2), "the ring is not torch's"
+    run.mode = Mode.alternate
+    assert memory_share(run, Role.TRAINER) == pytest.approx(0.8), "one rank is both roles"
 
 
 def test_a_node_with_a_directory_of_its_own_says_what_to_set(tmp_path):

@@ -1,0 +1,1 @@
+"""Look at a machine before a run does: `python -m colospec.doctor`."""
