@@ -57,7 +57,7 @@ class HfEngine:
         self._hook(self._body)
         self._is_packed = self._choose_attention(settings.target.vocab_size)
 
-    def capture(self, tokens: TokenBatch, out: Features) -> None:
+    def capture(self, tokens: TokenBatch, out: Features | None) -> None:
         """Fill `out` with the target's hidden states; see `colospec.engine.base.Engine`."""
         if self._body is None:
             raise RuntimeError("the engine is closed")
@@ -68,7 +68,7 @@ class HfEngine:
                 f"{self._max_tokens} in {self._max_sequences}; raise data.token_budget or "
                 "data.max_sequences"
             )
-        if tokens.num_tokens == 0:
+        if out is None or tokens.num_tokens == 0:
             return
         self._out = out
         try:

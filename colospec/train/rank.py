@@ -14,9 +14,13 @@ import torch
 
 from colospec import log as logs
 from colospec.batch import FeatureSource
-from colospec.config import Mode, RunConfig
+from colospec.config import Mode, RingPayload, RunConfig
+from colospec.mps.client import bootstrap
+from colospec.mps.products import check_products, model_shapes
 from colospec.ring.channel import Reader, Writer
+from colospec.ring.spec import SlotLayout
 from colospec.topology import Role, Topology
+from colospec.train.deterministic import make_deterministic
 from colospec.train.job import Job, Start
 from colospec.train.produce import AlternateSource, load_engine, produce
 from colospec.train.provenance import plain, write_provenance
@@ -33,10 +37,9 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
         check_shared(directory, world)
         logs.setup(directory, world.place.rank)
         world.agree("configuration", repr(plain(run)))
-        if world.place.gpu is not None:
-            torch.cuda.set_device(world.device)
-            share = memory_share(run, world.place.role)
-            torch.cuda.set_per_process_memory_fraction(share, world.device)
+        if run.trainer.deterministic:
+            make_deterministic()
+        enter_gpu(run, world)
         _announce(run, topology, directory, world)
         world.watchdog.before_abort = lambda: _remove_half_checkpoints(directory, world)
         world.phase("load", run.limit.load_s)
@@ -44,6 +47,9 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
             run, num_trainers=topology.num_trainers, progress=world.place.local_rank == 0
         )
         world.agree("plan", job.plan.digest)
+        if world.place.gpu is not None:
+            limit_memory(job, world)
+            check_products(world.device, _model_shapes(job))
         world.join_role()
         if world.place.role is Role.ENGINE:
             _be_engine(job, world)
@@ -51,11 +57,68 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
             _be_trainer(job, world, directory)
 
 
-def memory_share(run: RunConfig, role: Role) -> float:
-    """Return the share of its GPU that a rank may allocate; in alternate mode it is both roles."""
+def enter_gpu(run: RunConfig, world: World) -> None:
+    """Make this rank a client of its node's MPS daemon, if there is to be one, and choose its GPU.
+
+    Nothing before this has touched CUDA. Raises RuntimeError where mps.use=require and it fails.
+    """
+    if world.place.gpu is None:
+        return
+    daemon = bootstrap(run, world.place, world.store, limit_s=run.limit.start_s)
+    torch.cuda.set_device(world.device)
+    torch.empty(1, device=world.device)
+    if daemon is not None:
+        daemon.prove_client(os.getpid())
+
+
+def limit_memory(job: Job, world: World) -> None:
+    """Cap what this rank may allocate at its share of the GPU; rank 0 prints the split."""
+    run, device = job.run, world.device
+    total = torch.cuda.get_device_properties(device).total_memory
+    ring = ring_bytes(job) / total
+    share = memory_share(run, world.place.role, ring=ring)
+    if share <= 0:
+        raise ValueError(
+            f"memory.engine_fraction={run.memory.engine_fraction} does not even hold the ring, "
+            f"{ring_bytes(job) / 2**30:.1f} GiB; raise it, or lower ring.num_slots or "
+            "data.token_budget"
+        )
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    if world.place.rank == 0:
+        gib = total / 2**30
+        log.info(
+            "memory of a GPU (%.0f GiB): trainer %.1f GiB, engine %.1f GiB with %.1f GiB of ring",
+            gib, run.memory.trainer_fraction * gib, run.memory.engine_fraction * gib, ring * gib,
+        )  # fmt: skip
+
+
+def _model_shapes(job: Job) -> list[tuple[int, int, int]]:
+    """Return the shapes of the run's largest matrix products."""
+    run = job.run
+    return model_shapes(
+        job.target,
+        tokens=run.data.token_budget,
+        tp=run.engine.tp,
+        draft_vocab_size=getattr(run.draft, "draft_vocab_size", None),
+    )
+
+
+def ring_bytes(job: Job) -> int:
+    """Return what the slots of one engine take of its GPU."""
+    run = job.run
+    if run.mode is not Mode.colocate or run.ring.payload is RingPayload.host:
+        return 0
+    return run.ring.num_slots * SlotLayout.plan(job.spec, run.data.token_budget).slot_bytes
+
+
+def memory_share(run: RunConfig, role: Role, *, ring: float = 0.0) -> float:
+    """Return the share of its GPU that torch's allocator of a rank may take: an engine's without
+    its `ring`, which is not torch's; in alternate mode that of both roles."""
     if run.mode is Mode.alternate:
         return run.memory.trainer_fraction + run.memory.engine_fraction
-    return float(getattr(run.memory, f"{role.value}_fraction"))
+    if role is Role.ENGINE:
+        return run.memory.engine_fraction - ring
+    return run.memory.trainer_fraction
 
 
 def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> None:
@@ -105,6 +168,8 @@ def _be_engine(job: Job, world: World) -> None:
         num_slots=run.ring.num_slots,
         plan_digest=job.plan.digest,
         timeout_s=world.limit.load_s,
+        device=world.device,
+        payload=run.ring.payload.value,
     )
     world.phase("capture", 2 * world.limit.step_s)
     try:
@@ -138,6 +203,8 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
             num_slots=run.ring.num_slots,
             plan_digest=job.plan.digest,
             timeout_s=world.limit.load_s,
+            device=world.device,
+            payload=run.ring.payload.value,
             lease=run.ring.lease.value,
         )
     world.phase("train", 2 * world.limit.step_s)
