@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "colospec_packed"
@@ -124,20 +123,15 @@ def _flash(
 ) -> Tensor:
     longest = max(borders.lengths)
     # transformers counts the token itself in its window, flash attention does not.
-    left = -1 if sliding_window is None or sliding_window >= longest else sliding_window - 1
-    out = varlen_attn(
-        query[0].transpose(0, 1).contiguous(),
-        key[0].transpose(0, 1).contiguous(),
-        value[0].transpose(0, 1).contiguous(),
-        borders.cu_seqlens,
-        borders.cu_seqlens,
-        longest,
-        longest,
+    left = None if sliding_window is None or sliding_window >= longest else sliding_window - 1
+    # The same kernel as that of varlen_attn, whose arguments differ between releases.
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        *(state[0].transpose(0, 1).contiguous() for state in (query, key, value)),
+        *(borders.cu_seqlens, borders.cu_seqlens, longest, longest, 0.0, True, False),
         scale=scaling,
-        window_size=(left, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    assert isinstance(out, Tensor)
+        window_size_left=left,
+        window_size_right=None if left is None else 0,
+    )[0]
     return out[None]
 
 
