@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,15 +57,109 @@ def ring_table(results: Path) -> str:
     return "\n".join(lines) + "\n" + note
 
 
-TABLES = {"demo": demo_table, "ring": ring_table}
+def colocate_table(results: Path) -> str | None:
+    """Engine alone, trainer alone and both, by GPUs and with or without MPS."""
+    found = _colocated(results, "qwen3_8b")
+    if not found:
+        return None
+    lines = [
+        "| GPUs | MPS | engine alone | trainer alone | both | sum of shares | MFU | tokens/s "
+        "| GiB used | first step, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        figures = one["figures"]
+        rates = figures["samples_per_s"]
+        mfu = figures["mfu"]
+        lines.append(
+            f"| {one['gpus']} | {_mps(one)} | {rates['engine']:.2f} | {rates['trainer']:.2f} "
+            f"| {rates['both']:.2f} | {figures['sum_of_shares']:.3f} "
+            f"| {format(mfu['both'], '.1%') if mfu else '-'} "
+            f"| {figures['tokens_per_s']['both']:,.0f} "
+            f"| {max(figures['memory_gib']['device_used']):.1f} | {figures['first_step_s']:.0f} |"
+        )
+    first = found[0]
+    note = (
+        f"\nSamples of 2048 tokens per second, Qwen3-8B with Eagle3; the median of "
+        f"{first['windows']} interleaved windows of {first['seconds']:g} s; "
+        f"{first['machine']['gpu']}, SGLang {first['versions']['sglang']}, torch "
+        f"{first['versions']['torch']}, commit {first['commit']}."
+    )
+    return "\n".join(lines) + "\n" + note
+
+
+def split_table(results: Path) -> str | None:
+    """Where the time of a step goes, alone and together."""
+    found = _colocated(results, "qwen3_8b")
+    if not found:
+        return None
+    parts = ("engine", "transport", "wait", "forward", "backward", "optimizer")
+    lines = [
+        "| GPUs | MPS | roles | " + " | ".join(f"{part}, ms" for part in parts) + " |",
+        "|---" * (3 + len(parts)) + "|",
+    ]
+    for one in found:
+        for roles, key in (("both", "step_s"), ("each alone", "step_s_alone")):
+            split = one["figures"][key]
+            shown = (f"{1e3 * split[part]:.1f}" if part in split else "-" for part in parts)
+            lines.append(f"| {one['gpus']} | {_mps(one)} | {roles} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def original_table(results: Path) -> str | None:
+    """The original system's own workload."""
+    found = _colocated(results, "original_2") + _colocated(results, "original_8")
+    if not found:
+        return None
+    lines = [
+        "| GPUs | MPS | samples per step | samples/s | GPU-hours per 40,000 samples |",
+        "|---|---|---|---|---|",
+    ]
+    for one in found:
+        figures = one["figures"]
+        lines.append(
+            f"| {one['gpus']} | {_mps(one)} | {figures['samples_per_step']:.1f} "
+            f"| {figures['samples_per_s']['both']:.2f} "
+            f"| {figures['gpu_hours_per_40000_samples']:.2f} |"
+        )
+    note = (
+        "\nQwen3-8B with Eagle3 over the whole vocabulary, lengths with a mean of 850 tokens. The "
+        "original colocated system took 1.68 GPU-hours on two H100s (13.25 samples/s)."
+    )
+    return "\n".join(lines) + "\n" + note
+
+
+def _colocated(results: Path, cell: str) -> list[dict]:
+    """Return the records of bench_colocate.py for a cell, by GPUs, MPS first."""
+    records = [json.loads(file.read_text()) for file in results.glob("colocate-*.json")]
+    return sorted(
+        (one for one in records if one["cell"] == cell),
+        key=lambda one: (one["gpus"], one["mps"] == "off"),
+    )
+
+
+def _mps(record: dict) -> str:
+    return "time slicing" if record["mps"] == "off" else "MPS"
+
+
+TABLES: dict[str, Callable[[Path], str | None]] = {
+    "demo": demo_table,
+    "ring": ring_table,
+    "colocate": colocate_table,
+    "split": split_table,
+    "original": original_table,
+}
 
 
 def draw(text: str, results: Path = RESULTS) -> str:
-    """Return `text` with every table between its marks drawn anew."""
+    """Return `text` with every table that has results, between its marks, drawn anew."""
     for name, table in TABLES.items():
+        lines = table(results)
+        if lines is None:
+            continue
         begin, end = f"<!-- table {name} -->", "<!-- end -->"
         pattern = re.escape(begin) + ".*?" + re.escape(end)
-        drawn = f"{begin}\n{table(results)}\n{end}"
+        drawn = f"{begin}\n{lines}\n{end}"
         text, count = re.subn(pattern, lambda _, drawn=drawn: drawn, text, count=1, flags=re.S)
         if count != 1:
             raise ValueError(f"README.md has no place for the table {name!r}: {begin} ... {end}")

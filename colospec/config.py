@@ -130,7 +130,8 @@ class LaunchConfig:
 @dataclass
 class TargetConfig:
     path: str | None = None
-    """Hugging Face directory of the target model; null is the built-in demo target."""
+    """Hugging Face directory of the target model, or a repository id that the local Hugging Face
+    cache holds; null is the built-in demo target."""
     weights: Weights = Weights.pretrained
     """random runs any target from its config.json alone (benchmarks)."""
     dtype: Dtype = Dtype.auto

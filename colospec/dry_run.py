@@ -14,7 +14,7 @@ from colospec.draft import registry
 from colospec.log import console
 from colospec.target import Target
 from colospec.topology import Topology
-from colospec.train.job import Job
+from colospec.train.job import Job, load_target
 
 GIB = 2**30
 
@@ -33,8 +33,7 @@ def _target(run: RunConfig) -> Target:
     if run.target.path is None and not demo.is_built():
         path = demo.target_directory()
         return Target.from_config(path, demo.target_config(), dtype=run.target.dtype.value)
-    found = run.target.path or demo.target_directory()
-    return Target.load(found, dtype=run.target.dtype.value)
+    return load_target(run)
 
 
 def _rank_table(topology: Topology) -> Table:

@@ -77,6 +77,14 @@ class Target:
         )
 
     @property
+    def name(self) -> str:
+        """What to call the model: its repository, if it lies in the Hugging Face cache."""
+        repository = self.path.parent.parent.name
+        if self.path.parent.name == "snapshots" and repository.startswith("models--"):
+            return repository.removeprefix("models--").replace("--", "/", 1)
+        return self.path.name
+
+    @property
     def num_attention_heads(self) -> int:
         return int(self.hf_config["num_attention_heads"])
 
@@ -145,3 +153,12 @@ class Target:
             raise ValueError(f"no model.safetensors(.index.json) in {self.path}")
         with safe_open(file, framework="pt") as weights:
             return dict.fromkeys(weights.keys(), file)
+
+
+def missing_files(path: Path) -> list[str]:
+    """Return the files that a model directory lacks, as an interrupted download leaves it."""
+    index = path / "model.safetensors.index.json"
+    wanted = {"config.json", "model.safetensors"}
+    if index.is_file():
+        wanted = {"config.json", *json.loads(index.read_text())["weight_map"].values()}
+    return sorted(name for name in wanted if not (path / name).is_file())

@@ -40,6 +40,12 @@ def test_every_combination_of_groups_composes(mode, draft, engine, tracker):
     assert isinstance(run.draft, Eagle3Config)
 
 
+@pytest.mark.parametrize("group", ["target", "mps", "data", "trainer"])
+def test_every_choice_of_the_other_groups_composes(group):
+    for option in options(group):
+        assert load("+mode=colocate", f"{group}={option}").mode is Mode.colocate
+
+
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_experiment_and_mode_give_the_same_run_in_both_orders(experiment):
     first = load("+mode=colocate", f"+experiment={experiment}")

@@ -1,12 +1,13 @@
 """Facts about a target, from its directory alone."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from colospec.target import Target
+from colospec.target import Target, missing_files
 
 CONFIG = {
     "hidden_size": 8,
@@ -62,3 +63,19 @@ def test_a_head_with_a_bias_is_refused(tmp_path):
     tensors = {"lm_head.weight": torch.randn(10, 8), "lm_head.bias": torch.zeros(10)}
     with pytest.raises(ValueError, match=r"lm_head\.bias"):
         write(tmp_path, tensors).require_plain_head()
+
+
+def test_a_snapshot_of_the_model_cache_has_the_name_of_its_repository():
+    path = Path("/cache/hub/models--Qwen--Qwen3-8B/snapshots/0123abc")
+    assert Target.from_config(path, CONFIG).name == "Qwen/Qwen3-8B"
+    assert Target.from_config(Path("/models/mine"), CONFIG).name == "mine"
+
+
+def test_files_that_an_interrupted_download_lacks_are_named(tmp_path):
+    assert missing_files(tmp_path) == ["config.json", "model.safetensors"]
+    write(tmp_path, {"lm_head.weight": torch.randn(10, 8)})
+    assert missing_files(tmp_path) == []
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "one.safetensors").touch()
+    assert missing_files(tmp_path) == ["two.safetensors"]

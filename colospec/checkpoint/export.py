@@ -80,7 +80,7 @@ def export_draft(
         )  # fmt: skip
     with _replacing(directory) as temporary:
         contents = write_config(temporary, draft, target, dtype)
-        card = model_card(target.path.name, contents, facts)
+        card = model_card(target.name, contents, facts)
         (temporary / "README.md").write_text(card)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _compare(tensors, read_tensors(temporary / WEIGHTS, shapes))

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from colospec.draft.kernels import choice
+
 aten = torch.ops.aten
 
 
@@ -87,6 +89,14 @@ class _TttAttention(Function):
         )
         if not diagonals:
             return None, grad_query, grad_key, grad_value
+        if choice.fused(query):
+            from colospec.draft.kernels import attention as kernels
+
+            grad_query = grad_query.contiguous()
+            pairs = kernels.diagonals_backward(
+                grad, grad_query, query, out, lse, diagonals[::2], diagonals[1::2]
+            )
+            return None, grad_query, grad_key, grad_value, *pairs.flatten(0, 1).unbind()
         total = grad_query.to(lse.dtype)
         delta = (grad.to(lse.dtype) * out).sum(-1)
         grad_diagonals: list[Tensor] = []
@@ -117,6 +127,12 @@ def _merge(
     out: Tensor, lse: Tensor, query: Tensor, diagonals: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Add the diagonals to `out` [T, N, D] and `lse` [N, T]."""
+    if choice.fused(query):
+        from colospec.draft.kernels import attention as kernels
+
+        out, lse = out.contiguous(), lse.contiguous()
+        kernels.merge_(out, lse, query, diagonals[::2], diagonals[1::2])
+        return out, lse
     pairs = _pairs(diagonals)
     scores = [_scores(query, key, lse.dtype) for key, _ in pairs]
     merged = torch.logsumexp(torch.stack([lse.T, *scores]), dim=0)

@@ -10,12 +10,13 @@ W target and draft vocabulary, P supervised positions of all K steps.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 
 from colospec.batch import FeatureBatch, FeatureSpec, TokenBatch
 from colospec.config import DraftConfig, Eagle3Config
@@ -118,7 +119,7 @@ class Eagle3(DraftModel):
         rows = unroll(batch.tokens, ttt_length=config.ttt_length, alignment=config.alignment)
         rows = rows.to(last.device)
         states = self.unroll(batch, rows)
-        picked = torch.cat(states).index_select(0, _flat(rows, len(last)))
+        picked: Tensor = _Pick.apply(rows.positions, rows.sizes, *states)  # type: ignore[no-untyped-call]
         del states
         sums = fused_loss(
             picked if config.norm_output else self.norm(picked),
@@ -219,10 +220,32 @@ def aux_layer_ids(config: Eagle3Config, target: Target) -> tuple[int, ...]:
     return tuple(sorted({0, last // 2, last}))
 
 
-def _flat(rows: Unroll, num_tokens: int) -> Tensor:
-    """Return the supervised positions [P] as rows of the steps' states laid end to end."""
-    parts = torch.split(rows.positions, rows.sizes)
-    return torch.cat([part + step * num_tokens for step, part in enumerate(parts)])
+class _Pick(Function):
+    """Rows `positions` [P] of the steps' states [T, D], `sizes` of them from each: [P, D].
+
+    A position occurs once in a step, so the gradient is a copy: no atomic sums, always the same.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, positions: Tensor, sizes: list[int], *states: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.sizes, ctx.num_tokens = sizes, len(states[0])
+        out = states[0].new_empty(len(positions), states[0].shape[1])
+        spans = zip(torch.split(positions, sizes), torch.split(out, sizes), strict=True)
+        for step, (index, part) in zip(states, spans, strict=True):
+            torch.index_select(step, 0, index, out=part)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        grads = []
+        spans = zip(torch.split(positions, ctx.sizes), torch.split(grad, ctx.sizes), strict=True)
+        for index, part in spans:
+            total = grad.new_zeros(ctx.num_tokens, grad.shape[1])
+            grads.append(total.index_copy_(0, index, part))
+        return None, None, *grads
 
 
 def _metrics(sums: LossSums, rows: Unroll, tokens: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:

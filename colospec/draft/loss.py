@@ -25,7 +25,7 @@ H target hidden size, D draft hidden size, V target vocabulary, W draft vocabula
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,10 +35,12 @@ from torch.autograd.function import Function, once_differentiable
 
 from colospec.config import Loss
 from colospec.draft.alignment import Unroll
+from colospec.draft.kernels import choice
 
-# Most elements of a [rows, vocabulary] tensor; about four of them live at a time. A GPU needs more
-# rows than a CPU to hide the traffic of the head's gradient.
-MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
+# Most elements of a [rows, vocabulary] tensor. Two of them live at a time on a GPU, in the type of
+# the head, and about four on a CPU. A GPU needs more rows to hide the traffic of the head's
+# gradient.
+MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 MIN_ACCEPTANCE = 1e-8
 
@@ -103,34 +105,27 @@ class _FusedLoss(Function):
         gradients: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=dtype)
-        correct = hidden.new_zeros(len(rows.counts), dtype=dtype)
-        acceptance = torch.zeros_like(correct)
+        terms = hidden.new_empty(3, len(hidden), dtype=dtype)
         if gradients:
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight, dtype=dtype)
         for start, end in _chunks(rows, settings, weight):
-            target = _target(teacher, rows.teacher_rows[start:end], dtype)
-            for step, span, slots in _steps(rows, start, end):
-                picked, states = target.select(slots), hidden[slice(*span)]
-                terms = _compare(states, weight, picked, settings, gradients)
-                row_weight = settings.step_weights[step] * picked.kept
-                loss += (terms.loss * row_weight).sum()
-                correct[step] += (terms.token == picked.token).sum()
-                acceptance[step] += terms.acceptance.sum()
-                if terms.grad is not None:
-                    scale = (row_weight * terms.grad_scale).unsqueeze(-1)
-                    scaled = (states * scale).to(weight.dtype)
-                    grad_hidden[slice(*span)] = scale * _product(
-                        terms.grad, weight, scaled, grad_weight
-                    )
-                # Or they would live on beside those of the next step.
-                del terms, picked
-            del target
+            compare = _teach(teacher, rows, (start, end), settings, terms)
+            for step, span in _steps(rows, start, end):
+                states = hidden[slice(*span)]
+                grad = compare(states @ weight.T, step, span, gradients)
+                if grad is not None:
+                    torch.mm(grad, weight, out=grad_hidden[slice(*span)])
+                    _add_product(grad_weight, grad, states)
+                # Or it would live on beside that of the next step.
+                del grad
+            del compare
         if gradients:
             ctx.gradients = grad_hidden, grad_weight.to(weight.dtype)
+        parts = torch.split(terms, rows.sizes, dim=1)
+        correct, acceptance = (torch.stack([p[i].sum() for p in parts]) for i in (1, 2))
         ctx.mark_non_differentiable(correct, acceptance)
-        return loss, correct, acceptance
+        return terms[0].sum(), correct, acceptance
 
     @staticmethod
     @once_differentiable
@@ -145,18 +140,82 @@ class _FusedLoss(Function):
         return grad_hidden, grad_weight, None, None, None, None
 
 
+Compare = Callable[[Tensor, int, tuple[int, int], bool], Tensor | None]
+"""(draft logits [R, W] of a step, the step, its span of P, whether gradients are wanted) ->
+gradient [R, W] of the weighted loss, of the type of the logits. Writes columns `span` of the terms
+[3, P]: weighted loss, 1 where both sides' most likely tokens agree, acceptance rate."""
+
+
+def _teach(
+    teacher: Teacher, rows: Unroll, span: tuple[int, int], settings: LossSettings, terms: Tensor
+) -> Compare:
+    """Compute the teacher's distributions of a chunk and return what compares a step with them."""
+    last = teacher.last.index_select(0, rows.teacher_rows[slice(*span)]).to(teacher.head.dtype)
+    if choice.fused(last):
+        return _teach_by_kernels(last, teacher, rows, span[0], settings, terms)
+    target = _target(last, teacher, terms.dtype)
+
+    def compare(
+        logits: Tensor, step: int, positions: tuple[int, int], gradients: bool
+    ) -> Tensor | None:
+        part = slice(*positions)
+        picked = target.select(rows.slots[part] - span[0])
+        row_weight = settings.step_weights[step] * picked.kept
+        found = _compare(logits.to(terms.dtype), picked, settings, gradients)
+        terms[0, part] = found.loss * row_weight
+        terms[1, part] = (found.token == picked.token).to(terms.dtype)
+        terms[2, part] = found.acceptance
+        if found.grad is None:
+            return None
+        return found.grad.mul_((found.grad_scale * row_weight).unsqueeze(-1)).to(logits.dtype)
+
+    return compare
+
+
+def _teach_by_kernels(
+    last: Tensor,
+    teacher: Teacher,
+    rows: Unroll,
+    start: int,
+    settings: LossSettings,
+    terms: Tensor,
+) -> Compare:
+    from colospec.draft.kernels import loss as kernels
+
+    target = kernels.teacher_rows(last, teacher.head, teacher.target_ids)
+
+    def compare(
+        logits: Tensor, step: int, positions: tuple[int, int], gradients: bool
+    ) -> Tensor | None:
+        kernels.compare(
+            logits,
+            target,
+            (rows.slots, positions[0], start),
+            terms,
+            kernels.StepSettings(
+                settings.kind, settings.lk_eta, settings.step_weights[step], MIN_ACCEPTANCE
+            ),
+            gradients=gradients,
+        )
+        return logits if gradients else None
+
+    return compare
+
+
 def _chunks(rows: Unroll, settings: LossSettings, weight: Tensor) -> Iterator[tuple[int, int]]:
     """Split the teacher rows so that a [chunk, W] tensor has at most MAX_ELEMENTS elements."""
     num_rows = len(rows.teacher_rows)
-    limit = MAX_ELEMENTS[weight.device.type] // len(weight)
+    # The target's logits are computed in pieces of the vocabulary, of at least this many tokens.
+    narrowest = 2**15 if weight.device.type == "cuda" else 1
+    limit = MAX_ELEMENTS[weight.device.type] // max(len(weight), narrowest)
     wanted = settings.chunk_tokens or CHUNK_TOKENS[weight.device.type]
     size = max(1, min(wanted, limit))
     for start in range(0, num_rows, size):
         yield start, min(start + size, num_rows)
 
 
-def _steps(rows: Unroll, start: int, end: int) -> Iterator[tuple[int, tuple[int, int], Tensor]]:
-    """For each step that uses teacher rows start..end: the step, its span of P, rows in the chunk.
+def _steps(rows: Unroll, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:
+    """For each step that uses teacher rows start..end: the step, and its span of P.
 
     Supervised positions of a step lie in the order of their teachers, so the span is contiguous.
     """
@@ -165,7 +224,7 @@ def _steps(rows: Unroll, start: int, end: int) -> Iterator[tuple[int, tuple[int,
     for step, (low, high, size) in enumerate(bounds):
         span = (first + low, first + high)
         if low < high:
-            yield step, span, rows.slots[slice(*span)] - start
+            yield step, span
         first += size
 
 
@@ -197,10 +256,9 @@ class _Target:
         )
 
 
-def _target(teacher: Teacher, rows: Tensor, dtype: torch.dtype) -> _Target:
-    """Apply the target's head to `rows` [C] of the last hidden states."""
+def _target(last: Tensor, teacher: Teacher, dtype: torch.dtype) -> _Target:
+    """Apply the target's head to `last` [C, H]."""
     head = teacher.head
-    last = teacher.last.index_select(0, rows).to(head.dtype)
     if teacher.target_ids is None:
         logits = (last @ head.T).to(dtype)
         token = logits.argmax(-1)
@@ -243,11 +301,8 @@ class _Terms(NamedTuple):
     grad_scale: Tensor
 
 
-def _compare(
-    states: Tensor, weight: Tensor, target: _Target, settings: LossSettings, gradients: bool
-) -> _Terms:
-    """Compare draft and target at R positions; `states` [R, D]."""
-    logits = (states @ weight.T).to(target.probs.dtype)
+def _compare(logits: Tensor, target: _Target, settings: LossSettings, gradients: bool) -> _Terms:
+    """Compare draft and target at R positions; `logits` [R, W]."""
     top, token = logits.max(-1)
     probs = logits.softmax(-1)
     # The largest probability is exp(top - logsumexp), so the norm needs no pass of its own.
@@ -279,19 +334,15 @@ def _compare(
     return _Terms(loss, acceptance, token, grad.lerp_(probs.sub_(target.probs), share), ones)
 
 
-def _product(grad: Tensor, weight: Tensor, scaled: Tensor, total: Tensor) -> Tensor:
-    """Return grad weight [R, D], and add grad^T scaled to `total` [W, D], of a type as wide as that
-    of `grad` [R, W]; `weight` [W, D] and `scaled` [R, D] may be narrower."""
-    left = grad.to(weight.dtype)
-    if total.dtype == left.dtype:
-        total.addmm_(left.T, scaled)
-        return left @ weight
-    if total.device.type == "cuda":
-        torch.addmm(total, left.T, scaled, out_dtype=total.dtype, out=total)
-        return left @ weight
-    block = max(1, MAX_ELEMENTS[total.device.type] // total.shape[1])
-    for part, columns in zip(
-        torch.split(total, block), torch.split(left, block, dim=1), strict=True
-    ):
-        part += columns.T @ scaled
-    return left @ weight
+def _add_product(total: Tensor, grad: Tensor, states: Tensor) -> None:
+    """Add grad^T states to `total` [W, D], whose type may be wider than that of `grad` [R, W]."""
+    if total.dtype == grad.dtype:
+        total.addmm_(grad.T, states)
+    elif total.device.type == "cuda":
+        torch.addmm(total, grad.T, states, out_dtype=total.dtype, out=total)
+    else:
+        block = max(1, MAX_ELEMENTS[total.device.type] // total.shape[1])
+        for part, columns in zip(
+            torch.split(total, block), torch.split(grad, block, dim=1), strict=True
+        ):
+            part += columns.T @ states

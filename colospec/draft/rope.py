@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colospec.draft.kernels import choice
 from colospec.target import Target
 
 SCALED = ("linear", "dynamic", "llama3", "yarn")
@@ -44,6 +45,26 @@ def rotate(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     first, second, rest = states.tensor_split([half, 2 * half], dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat([*(part.to(states.dtype) for part in turned), rest], dim=-1)
+
+
+def rotate_(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Return `rotate(states, table)` of contiguous states that nobody else reads: on a GPU the
+    result is written over them."""
+    if not choice.fused(states):
+        return rotate(states, table)
+    from colospec.draft.kernels.rope import rotate_into
+
+    return rotate_into(states, states, *table)
+
+
+def rotate_back(grad: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the gradient of the states, given the gradient of the rotated ones."""
+    cos, sin = table
+    if not choice.fused(grad):
+        return rotate(grad, (cos, -sin))
+    from colospec.draft.kernels.rope import rotate_into
+
+    return rotate_into(torch.empty_like(grad), grad, cos, sin, back=True)
 
 
 def rope_frequencies(target: Target) -> tuple[Tensor, float]:

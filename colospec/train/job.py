@@ -6,16 +6,19 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
+
+import torch
 
 from colospec import demo
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
-from colospec.config import DataConfig, RunConfig
+from colospec.config import DataConfig, Dtype, RunConfig
 from colospec.data.dataset import Dataset, prepare
 from colospec.data.pack import Plan, Step
 from colospec.draft import registry
+from colospec.launch import visible_gpus
 from colospec.target import Target
+from colospec.train.find_target import target_directory
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +113,14 @@ class Job:
 
 
 def load_target(run: RunConfig) -> Target:
-    """Read the target's facts, building the demo target if none is named."""
-    path = Path(run.target.path) if run.target.path else demo.ensure_target()
-    return Target.load(path, dtype=run.target.dtype.value)
+    """Find the target (see `find_target`) and read its facts.
+
+    With target.dtype=auto a float32 model runs in bfloat16 on a GPU, as it does when served: fast
+    kernels know no float32.
+    """
+    target = Target.load(target_directory(run.target), dtype=run.target.dtype.value)
+    is_wide = run.target.dtype is Dtype.auto and target.dtype is torch.float32
+    return replace(target, dtype=torch.bfloat16) if is_wide and visible_gpus() else target
 
 
 def data_with_path(data: DataConfig, target_path: str | None) -> DataConfig:

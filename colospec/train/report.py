@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,19 +24,29 @@ from colospec.world import World
 
 log = logging.getLogger(__name__)
 PARTS = ("wait", "forward", "backward", "optimizer")
+MAX_EVENTS = 4096
+"""Events of a window before they are added up, for which the host waits."""
 
 
 class StepTimes:
-    """Host seconds of one trainer's steps by part, and what all trainers' steps held, since the
-    last report. `lengths` [samples] are the samples' tokens."""
+    """Seconds of one trainer's steps by part, and what all trainers' steps held, since the last
+    report. `lengths` [samples] are the samples' tokens.
 
-    def __init__(self, lengths: np.ndarray) -> None:
+    On CUDA they are seconds of the device, between events in its stream: the host is ahead of it,
+    and `wait` is what the device has stood idle for want of features. `host_wait_s` is how long the
+    host has waited for features, most of it while the device was busy. On a CPU both are one.
+    """
+
+    def __init__(self, lengths: np.ndarray, device: torch.device) -> None:
         self._lengths = lengths
+        self._on_cuda = device.type == "cuda"
         self.clear()
 
     def clear(self) -> None:
         """Start a new window."""
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str | None, torch.cuda.Event]] = []
+        self.host_wait_s = 0.0
         self.num_steps = self.num_samples = self.num_tokens = self.num_loss_tokens = 0
         self.began = self._last = time.monotonic()
 
@@ -47,12 +58,36 @@ class StepTimes:
         self.num_loss_tokens += step.num_loss_tokens
         self.num_tokens += int(self._lengths[ids].sum())
         self._last = time.monotonic()
+        if self._on_cuda:
+            self._record(None)
 
     def mark(self, part: str) -> None:
         """Count the time since the last mark for `part`."""
         now = time.monotonic()
-        self.seconds[part] += now - self._last
-        self._last = now
+        elapsed, self._last = now - self._last, now
+        if part == "wait":
+            self.host_wait_s += elapsed
+        if self._on_cuda:
+            self._record(part)
+        else:
+            self._seconds[part] += elapsed
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds by part. On CUDA the stream must have been waited for, which reading
+        any result of the last step does."""
+        for (_, before), (part, event) in pairwise(self._events):
+            if part is not None:
+                self._seconds[part] += before.elapsed_time(event) / 1e3
+        self._events = self._events[-1:]
+        return dict(self._seconds)
+
+    def _record(self, part: str | None) -> None:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        self._events.append((part, event))
+        if len(self._events) >= MAX_EVENTS:
+            event.synchronize()
+            self.seconds()
 
 
 class Reporter:
@@ -111,7 +146,8 @@ class Reporter:
 
     def _rates(self, times: StepTimes, source: FeatureSource) -> dict[str, float]:
         elapsed = max(time.monotonic() - times.began, 1e-9)
-        busy = max(sum(times.seconds.values()) - times.seconds["wait"], 1e-9)
+        parts = times.seconds()
+        busy = max(sum(parts.values()) - parts["wait"], 1e-9)
         rates = {
             "perf/tokens_per_s": times.num_tokens / elapsed,
             "perf/samples_per_s": times.num_samples / elapsed,
@@ -119,8 +155,9 @@ class Reporter:
             "perf/step_s": elapsed / max(times.num_steps, 1),
             "perf/loss_tokens_per_step": times.num_loss_tokens / max(times.num_steps, 1),
         }
-        for part, seconds in times.seconds.items():
+        for part, seconds in parts.items():
             rates[f"perf/{part}_s"] = seconds / max(times.num_steps, 1)
+        rates["perf/host_wait_s"] = times.host_wait_s / max(times.num_steps, 1)
         if (engines := self._engine_rate()) is not None:
             rates["perf/engine_tokens_per_s"] = engines
         if (fill := getattr(source, "fill", None)) is not None:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -26,13 +26,15 @@ from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rn
 from colospec.checkpoint.rotate import is_higher_better
 from colospec.data.pack import Step
 from colospec.draft import registry
-from colospec.draft.base import StepContext
+from colospec.draft.base import DraftModel, StepContext
 from colospec.metrics import Sums
+from colospec.train.frozen import share_frozen
 from colospec.train.fsdp import compute_dtype, shard
 from colospec.train.job import Job, Start
 from colospec.train.optim import (
+    NormLog,
     build_optimizer,
-    clip_gradients,
+    clip_and_step,
     learning_rate,
     set_learning_rate,
 )
@@ -55,16 +57,7 @@ class Trainer:
         self.job, self.world, self.run_dir = job, world, run_dir
         run, place = job.run, world.place
         torch.manual_seed(run.seed)
-        draft = registry.build(
-            run.draft,
-            job.target,
-            token_counts=job.dataset.token_counts,
-            weights=run.target.weights,
-        )
-        if run.trainer.init_from is not None:
-            check_warm_start(run.draft, Path(run.trainer.init_from), job.target)
-            load_weights(draft, Path(run.trainer.init_from))
-        self.draft: nn.Module = draft.to(world.device)
+        self.draft = self._build_draft()
         dtype = compute_dtype(run.trainer.dtype, world.device)
         self.model = shard(self.draft, world_size=place.role_size, dtype=dtype)
         self.optimizer = build_optimizer(self.draft, run.trainer)
@@ -83,8 +76,30 @@ class Trainer:
         )
         self.position = Start()
         self.last_metrics: dict[str, float] = {}
-        self._batch_sums, self._step_sums = Sums(), Sums()
-        self._bad_steps = 0
+        self.times = StepTimes(job.dataset.lengths, world.device)
+        self._batch_sums = Sums()
+        self._norms = NormLog(run.trainer.max_skipped_steps)
+
+    def _build_draft(self) -> DraftModel:
+        """Return the draft, whole and alike on all trainers, on this rank's device."""
+        job, place, device = self.job, self.world.place, self.world.device
+        config, warm_start = job.run.draft, job.run.trainer.init_from
+        kind = registry.find(config.algorithm)
+        draft = kind.from_config(config, job.target, token_counts=job.dataset.token_counts)
+        draft.to(device)
+        draft.set_target(
+            *share_frozen(
+                job.target,
+                job.run.target.weights,
+                device=device,
+                rank=place.role_rank,
+                world_size=place.role_size,
+            )
+        )
+        if warm_start is not None:
+            check_warm_start(config, Path(warm_start), job.target)
+            load_weights(draft, Path(warm_start))
+        return draft
 
     def resume(self) -> Start:
         """Load the newest good checkpoint, if there is one, and return where to go on."""
@@ -129,7 +144,7 @@ class Trainer:
         """Train until the plan ends (True) or somebody asks to stop (False)."""
         run = self.job.run.trainer
         reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
-        times = StepTimes(self.job.dataset.lengths)
+        self.times.clear()
         stop = self._ask_to_stop()
         finished = True
         with reporter:
@@ -138,17 +153,17 @@ class Trainer:
                     finished = False
                     break
                 stop = self._ask_to_stop()
-                self._step(step, source, times)
+                self.step(step, source)
                 self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
                 self.world.watchdog.beat()
                 done = self.position.step
                 if done % run.log_interval == 0 or done == 1:
-                    self._report(times, source, reporter)
+                    self._report(source, reporter)
                 if run.save_interval and done % run.save_interval == 0:
                     self._save()
             else:
                 stop.wait_any()
-            self._report(times, source, reporter)
+            self._report(source, reporter)
         source.close()
         return finished
 
@@ -179,7 +194,12 @@ class Trainer:
             log.info("draft exported to %s", directory)
             self._write_result()
 
-    def _step(self, step: Step, source: FeatureSource, times: StepTimes) -> None:
+    def step(self, step: Step, source: FeatureSource) -> None:
+        """Make one optimizer step from this trainer's micro-batches of it.
+
+        The host waits for features and for nothing else: no result is read from the device.
+        """
+        run, times = self.job.run.trainer, self.times
         context = StepContext(
             step=step.step,
             total_steps=self.job.total_steps,
@@ -203,46 +223,32 @@ class Trainer:
                 times.mark("backward")
             self._batch_sums.add(terms.metrics)
             del terms, features
-        self._update(step)
-        times.mark("optimizer")
-
-    def _update(self, step: Step) -> None:
-        """Clip and step; a step with NaN or Inf gradients is skipped, on all ranks alike."""
-        config = self.job.run.trainer
-        set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, config))
-        norm = clip_gradients(self.draft.parameters(), config.max_grad_norm)
-        bad = (~torch.isfinite(norm)).float()
-        if bad.item():
-            self._bad_steps += 1
-            log.warning("step %d skipped: gradient norm %s", step.step, norm.item())
-            if self._bad_steps >= config.max_skipped_steps:
-                raise RuntimeError(
-                    f"gradients were not finite for {config.max_skipped_steps} steps in a row, up "
-                    f"to step {step.step}, samples {step.bins[0][:8]}...; lower trainer.lr or "
-                    "resume from an earlier checkpoint"
-                )
-        else:
-            self._bad_steps = 0
-            self.optimizer.step()
+        set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, run))
+        self._norms.add(step.step, clip_and_step(self.optimizer, run.max_grad_norm))
         self.optimizer.zero_grad()
-        one = torch.ones((), device=norm.device)
-        self._step_sums.add({"grad_norm": (norm, one), "skipped": (bad, one)})
+        times.mark("optimizer")
 
     def _ask_to_stop(self) -> StopVote:
         return StopVote(self.world.stop_requested)
 
-    def _report(self, times: StepTimes, source: FeatureSource, reporter: Reporter) -> None:
-        values = self._batch_sums.fetch(reduce=dist.all_reduce)
-        values |= self._step_sums.fetch(reduce=dist.all_reduce)
-        if values:
-            self.last_metrics = reporter.report(self.position.step, values, times, source)
+    def read_metrics(self) -> dict[str, float]:
+        """Return the means over all trainers since the last call; waits for the device.
+
+        Raises RuntimeError if gradients were not finite for too many steps in a row.
+        """
+        return self._batch_sums.fetch(reduce=dist.all_reduce) | self._norms.read()
+
+    def _report(self, source: FeatureSource, reporter: Reporter) -> None:
+        if values := self.read_metrics():
+            self.last_metrics = reporter.report(self.position.step, values, self.times, source)
             check_best_metric(self.job.run.trainer.best_metric, list(values))
-            times.clear()
+            self.times.clear()
 
     def _rng(self) -> dict[str, Tensor]:
         return capture_rng(self.generator, rank=self.world.place.role_rank)
 
     def _save(self) -> None:
+        self._norms.check()
         model, optimizer = get_state_dict(self.draft, self.optimizer)
         state = {"model": model, "optimizer": optimizer, "rng": self._rng()}
         meta = {

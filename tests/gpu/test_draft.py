@@ -8,11 +8,9 @@ from colospec.config import Loss
 from colospec.draft.attention import Documents, ttt_attention
 from tests.draft.cases import context, gradients, make_batch, make_config, make_draft, make_target
 from tests.draft.test_attention import explicit, make_inputs, run
+from tests.gpu.machine import needs_gpus
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs one CUDA GPU"),
-]
+pytestmark = [pytest.mark.gpu, needs_gpus(1)]
 
 
 def on_gpu(batch, dtype):
@@ -69,13 +67,15 @@ def test_gradients_are_close_to_float64_on_the_cpu(kind, draft_vocab_size):
     assert loss == pytest.approx(exact, rel=1e-2)
     for name, grad in grads.items():
         wide = grad.double().cpu().flatten()
-        assert torch.cosine_similarity(wide, expected[name].flatten(), dim=0) > 0.99, name
+        assert torch.cosine_similarity(wide, expected[name].flatten(), dim=0) > 0.97, name
 
 
-def test_a_step_never_waits_for_the_device():
+@pytest.mark.parametrize("kind", list(Loss))
+@pytest.mark.parametrize("draft_vocab_size", [None, 300])
+def test_a_step_never_waits_for_the_device(kind, draft_vocab_size):
     generator = torch.Generator().manual_seed(1)
     target = make_target(hidden_size=64, vocab_size=500, head_dim=16)
-    config = make_config(draft_vocab_size=300, chunk_tokens=32)
+    config = make_config(loss=kind, draft_vocab_size=draft_vocab_size, chunk_tokens=32)
     draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16).cuda()
     batch = on_gpu(make_batch([40, 1, 70], target, generator=generator), torch.bfloat16)
     draft(batch, context(80)).loss.backward()
@@ -85,6 +85,21 @@ def test_a_step_never_waits_for_the_device():
         draft(batch, context(80)).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("lengths", "density"), [([], 0.7), ([9, 1, 30], -1.0)], ids=str)
+def test_a_batch_without_supervised_positions_gives_zero_gradients(lengths, density):
+    generator = torch.Generator().manual_seed(2)
+    target = make_target(hidden_size=64, vocab_size=500, head_dim=16)
+    draft = make_draft(
+        make_config(draft_vocab_size=300), target, generator=generator, dtype=torch.bfloat16
+    ).cuda()
+    batch = make_batch(lengths, target, generator=generator, density=density)
+
+    loss, grads = gradients(draft, on_gpu(batch, torch.bfloat16), num_loss_tokens=1)
+
+    assert loss == 0
+    assert all(grad.abs().max() == 0 for grad in grads.values())
 
 
 def test_float32_is_refused_with_the_setting():

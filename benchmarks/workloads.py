@@ -1,0 +1,81 @@
+"""The workloads of bench_colocate.py: settings, lengths of samples, and the data made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from colospec.data import cache
+from colospec.data.encode import Encoded
+
+NUM_SAMPLES = 1024
+MEAN_LENGTH = 850
+TINY_TARGET = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64,
+    "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "tie_word_embeddings": False,
+    "max_position_embeddings": 4096, "dtype": "float32", "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One workload: settings for a number of GPUs, and the lengths of its samples."""
+
+    overrides: Callable[[int], list[str]]
+    lengths: Callable[[np.random.Generator], np.ndarray]
+
+
+def _full(longest: int) -> Callable[[np.random.Generator], np.ndarray]:
+    return lambda _: np.full(NUM_SAMPLES, longest)
+
+
+def _drawn(rng: np.random.Generator) -> np.ndarray:
+    """Draw lengths from 64 to 2048 with a long tail and a mean of MEAN_LENGTH."""
+    drawn = rng.gamma(2.0, 1.0, NUM_SAMPLES)
+    for _ in range(50):
+        drawn *= MEAN_LENGTH / drawn.clip(64, 2048).mean()
+    return drawn.clip(64, 2048).astype(np.int64)
+
+
+def _original(batch: int) -> Callable[[int], list[str]]:
+    def overrides(num_gpus: int) -> list[str]:
+        each = max(batch // num_gpus, 1)
+        return [
+            "target=qwen3_8b", "draft.draft_vocab_size=null", "data.max_length=2048",
+            f"data.token_budget={2048 * each}", f"data.max_sequences={each}",
+        ]  # fmt: skip
+
+    return overrides
+
+
+CELLS = {
+    "qwen3_8b": Cell(
+        lambda _: [
+            "target=qwen3_8b", "data.max_length=2048", "data.token_budget=8192",
+            "data.max_sequences=4",
+        ],
+        _full(2048),
+    ),
+    "original_2": Cell(_original(2), _drawn),
+    "original_8": Cell(_original(8), _drawn),
+    "tiny": Cell(
+        lambda _: [
+            "data.max_length=64", "data.token_budget=256", "data.max_sequences=4",
+            "draft.ttt_length=3", "draft.draft_vocab_size=128",
+        ],
+        _full(64),
+    ),
+}  # fmt: skip
+
+
+def write_dataset(directory: Path, lengths: np.ndarray, vocab_size: int) -> Path:
+    """Write random tokens, all supervised, as the data step would."""
+    tokens = np.random.default_rng(0).integers(0, vocab_size, int(lengths.sum()), np.int32)
+    mask = np.ones(len(tokens), np.bool_)
+    encoded = Encoded(tokens, mask, lengths.astype(np.int64), [], 1.0)
+    cache.build(directory / "data", [encoded], vocab_size=vocab_size)
+    return directory / "data"

@@ -1,0 +1,1 @@
+"""Triton kernels of the draft's step on CUDA; imported only where a GPU runs them."""

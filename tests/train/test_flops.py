@@ -1,0 +1,65 @@
+"""The arithmetic that benchmarks count, against sums made by hand for Qwen3-8B."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from benchmarks import flops
+from benchmarks.flops import Supervised
+from colospec.batch import Cursor, TokenBatch
+from colospec.config import Alignment
+from colospec.draft.alignment import unroll
+from colospec.target import Target
+from colospec.train.find_target import CONFIGS
+
+LENGTH = 2048
+TTT = 7
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return Target.from_config(CONFIGS, json.loads((CONFIGS / "Qwen3-8B.json").read_text()))
+
+
+def test_parameters_are_those_of_the_published_model(qwen):
+    assert flops.layer_parameters(qwen) * qwen.num_layers == pytest.approx(6.946e9, rel=1e-3)
+    assert flops.draft_layer_parameters(qwen) == pytest.approx(218.1e6, rel=1e-3)
+
+
+def test_a_prefill_of_2048_tokens(qwen):
+    assert flops.prefill(qwen, [LENGTH]) / 1e12 == pytest.approx(29.7, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "frozen", "train", "teacher"),
+    [(32000, False, 31.3, 2.55), (None, False, 73.5, 2.55), (None, True, 55.7, 2.55)],
+)
+def test_a_training_step_of_one_sample(qwen, vocabulary, frozen, train, teacher):
+    every = Supervised(LENGTH, TTT * LENGTH)
+    total = flops.eagle3(
+        qwen, [LENGTH], supervised=every, ttt_length=TTT, draft_vocab_size=vocabulary,
+        frozen_head=frozen,
+    )  # fmt: skip
+    assert total / 1e12 == pytest.approx(train + teacher, abs=0.1)
+
+
+def test_packed_documents_cost_what_they_cost_alone(qwen):
+    lengths = [random.randint(3, 900) for _ in range(5)]
+    assert flops.prefill(qwen, lengths) == pytest.approx(
+        sum(flops.prefill(qwen, [length]) for length in lengths)
+    )
+
+
+def test_supervised_positions_are_those_that_the_draft_computes():
+    lengths = [random.randint(0, 40) for _ in range(12)]
+    tokens = TokenBatch.pack(
+        Cursor(0, 0, 0),
+        range(len(lengths)),
+        [torch.zeros(n, dtype=torch.int64) for n in lengths],
+        [torch.ones(n, dtype=torch.bool) for n in lengths],
+    )
+    rows = unroll(tokens, ttt_length=TTT, alignment=Alignment.exact)
+    counted = Supervised.of(lengths, ttt_length=TTT)
+    assert counted == Supervised(len(rows.teacher_rows), sum(rows.sizes))

@@ -1,0 +1,33 @@
+"""Step times on a CPU; those of a GPU are in tests/gpu/test_trainer.py."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from colospec.data.pack import Step
+from colospec.train.report import PARTS, StepTimes
+
+
+def step(*bins):
+    return Step(0, 0, 0, bins, num_loss_tokens=5, next_epoch=0, next_micro_batch=0)
+
+
+def test_every_part_has_the_time_since_the_mark_before():
+    times = StepTimes(np.array([3, 4, 5]), torch.device("cpu"))
+    began = time.monotonic()
+    for _ in range(2):
+        times.start(step((0, 2), ()))
+        for number, part in enumerate(PARTS):
+            time.sleep(0.002 * (number + 1))
+            times.mark(part)
+    elapsed = time.monotonic() - began
+    parts = times.seconds()
+    assert list(parts) == list(PARTS)
+    assert all(seconds >= 0.004 * (i + 1) for i, seconds in enumerate(parts.values()))
+    assert sum(parts.values()) == pytest.approx(elapsed, abs=0.005)
+    assert times.host_wait_s == parts["wait"]
+    assert (times.num_steps, times.num_samples, times.num_tokens) == (2, 4, 16)
+    times.clear()
+    assert sum(times.seconds().values()) == times.host_wait_s == times.num_tokens == 0
