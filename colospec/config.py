@@ -60,8 +60,8 @@ class MpsUse(Enum):
 
 
 class RingPayload(Enum):
-    """Where slots lie on a GPU: ipc in its memory, host in pinned memory; auto is ipc where CUDA IPC
-    works. A CPU has host memory alone."""
+    """Where slots lie on a GPU: ipc in its memory, host in pinned memory; auto is ipc where CUDA
+    IPC works. A CPU has host memory alone."""
 
     auto = "auto"
     ipc = "ipc"

@@ -2,11 +2,12 @@
 
 An engine runs the frozen target and writes its hidden states straight into memory that somebody
 else owns. Engines are registered by name; the factories import their engine only when it is chosen.
+An engine of your own is a module that calls `register`; engine.module names it.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +21,8 @@ from colospec.target import Target
 class Engine(Protocol):
     """Runs the target over packed micro-batches.
 
-    Call order, all from one thread: `capture` for every micro-batch, then `close`.
+    Call order, all from one thread: `capture` for every micro-batch, then `close`. The ranks of a
+    tensor-parallel replica are one engine each; they make the same calls in the same order.
     """
 
     @property
@@ -28,12 +30,15 @@ class Engine(Protocol):
         """The features that `capture` writes."""
         ...
 
-    def capture(self, tokens: TokenBatch, out: Features) -> None:
+    def capture(self, tokens: TokenBatch, out: Features | None) -> None:
         """Fill every element of the views in `out`, [T, width] each, row t for token t.
 
         `tokens` lies on the CPU, `out` on the engine's device. No logits, no sampling, and the
         host never waits for the device: the views are full once the current stream gets there. An
         empty micro-batch is a no-op. Raises ValueError for a micro-batch above the engine's limits.
+
+        With `out` None this rank only takes part in its replica's forward pass, of a micro-batch
+        that another rank writes; an engine without tensor parallelism has nothing to do then.
         """
         ...
 
@@ -46,7 +51,8 @@ class Engine(Protocol):
 class EngineSettings:
     """What a factory gets: all that an engine needs to start.
 
-    A micro-batch never has more than `max_tokens` tokens or `max_sequences` documents.
+    A micro-batch never has more than `max_tokens` tokens or `max_sequences` documents, and no
+    document more than `max_length` tokens (None: than `max_tokens`).
     """
 
     config: EngineConfig
@@ -57,6 +63,7 @@ class EngineSettings:
     device: torch.device
     max_tokens: int
     max_sequences: int
+    max_length: int | None = None
 
 
 class EngineFactory(Protocol):
@@ -83,18 +90,23 @@ def open_engine(
     device: torch.device,
     max_tokens: int,
     max_sequences: int,
+    max_length: int | None = None,
 ) -> Engine:
-    """Start the engine that `config` asks for; auto is sglang on CUDA where it is registered.
+    """Start the engine that `config` asks for; auto is sglang on CUDA and hf on a CPU.
 
-    Raises ValueError for an engine that is not there or cannot serve these settings, and for aux
-    layers that the target does not have; RuntimeError where its package is missing.
+    Raises ValueError for an engine that is not there or cannot serve these settings, for an
+    engine.module that cannot be imported or registers nothing of that name, and for aux layers that
+    the target does not have; RuntimeError where the engine's package is missing.
     """
     _check_spec(spec, target)
+    if config.module is not None:
+        _import(config.module)
+    device = torch.device(device)
     name = config.name
     if name == "auto":
-        name = "sglang" if device.type == "cuda" and "sglang" in _FACTORIES else "hf"
+        name = "sglang" if device.type == "cuda" else "hf"
     if name not in _FACTORIES:
-        raise ValueError(_missing(name))
+        raise ValueError(_unknown(name, config.module))
     return _FACTORIES[name](
         EngineSettings(
             config=config,
@@ -102,11 +114,22 @@ def open_engine(
             spec=spec,
             weights=weights,
             trust_remote_code=trust_remote_code,
-            device=torch.device(device),
+            device=device,
             max_tokens=max_tokens,
             max_sequences=max_sequences,
+            max_length=max_length,
         )
     )
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        raise ValueError(
+            f"engine.module={module} cannot be imported ({type(error).__name__}: {error}); it must "
+            "lie on PYTHONPATH and call colospec.engine.base.register when imported"
+        ) from error
 
 
 def _check_spec(spec: FeatureSpec, target: Target) -> None:
@@ -123,15 +146,17 @@ def _check_spec(spec: FeatureSpec, target: Target) -> None:
         )
 
 
-def _missing(name: str) -> str:
+def _unknown(name: str, module: str | None) -> str:
     known = ", ".join(sorted(_FACTORIES))
-    asked = f"engine={name}"
-    if name == "sglang" and importlib.util.find_spec("sglang") is None:
+    if module is not None:
         return (
-            f"{asked} needs the package sglang: pip install 'colospec[sglang]', or run the target "
-            "through transformers with engine=hf"
+            f"engine.module={module} registers no engine {name} (there are: {known}); set "
+            f"engine.name to one of these, or let it call engine.base.register({name!r}, ...)"
         )
-    return f"{asked} is not available here (there are: {known}); set engine=hf"
+    return (
+        f"engine.name={name} is not known (there are: {known}); set engine=hf, or name the module "
+        "that registers it with engine.module=..."
+    )
 
 
 def _open_hf(settings: EngineSettings) -> Engine:
@@ -140,4 +165,11 @@ def _open_hf(settings: EngineSettings) -> Engine:
     return HfEngine(settings)
 
 
+def _open_sglang(settings: EngineSettings) -> Engine:
+    from colospec.engine.sglang import SglangEngine
+
+    return SglangEngine(settings)
+
+
 register("hf", _open_hf)
+register("sglang", _open_sglang)

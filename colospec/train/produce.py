@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 
-from colospec.batch import Cursor, FeatureSink, FeatureSource, Lease, TokenBatch
+import torch
+import torch.distributed as dist
+
+from colospec.batch import Cursor, Features, FeatureSink, FeatureSource, Lease, TokenBatch
 from colospec.engine.base import Engine, open_engine
 from colospec.ring import Closed
 from colospec.ring.local import LocalChannel
+from colospec.topology import Place
 from colospec.train.job import Job, Start
 from colospec.world import World
 
@@ -28,25 +34,81 @@ def load_engine(job: Job, world: World) -> Engine:
         device=world.device,
         max_tokens=run.data.token_budget,
         max_sequences=run.data.max_sequences,
+        max_length=run.data.max_length,
     )
 
 
 def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: Start) -> None:
-    """Fill slots until the plan ends or the trainer closes the ring (either is success)."""
+    """Fill slots until the plan ends or the trainer closes the ring (either is success).
+
+    The tp ranks of an engine replica run tp forward passes together, one micro-batch of each of
+    their trainers; rank t publishes the t-th. All have a slot before the first forward pass: none
+    may wait for its trainer while the others wait for it inside an all-reduce.
+    """
+    place, timeout_s = world.place, world.limit.step_s
     rate = CaptureRate(world)
-    timeout_s = world.limit.step_s
-    try:
-        for step in job.steps(start):
-            for tokens in job.micro_batches(step, world.place.role_rank):
-                views = sink.acquire(tokens, timeout_s=timeout_s)
-                began = time.monotonic()
-                engine.capture(tokens, views)
-                sink.publish()
-                rate.add(tokens, time.monotonic() - began)
-                world.watchdog.beat()
+    wanted = True
+    for parts in replica_batches(job, place, start):
+        own = parts[place.tp_rank]
+        views = _acquire(sink, own, timeout_s) if wanted else None
+        if place.tp_size > 1 and not all_acquired(place, views is not None, 1.5 * timeout_s):
+            views = None
+        if views is None:
+            log.info("the trainer needs no more features")
+            return
+        began = time.monotonic()
+        for index, tokens in enumerate(parts):
+            engine.capture(tokens, views if index == place.tp_rank else None)
+        wanted = _publish(sink)
+        rate.add(own, time.monotonic() - began)
+        world.watchdog.beat()
+    if wanted:
         sink.end()
+
+
+def replica_batches(job: Job, place: Place, start: Start) -> Iterator[tuple[TokenBatch, ...]]:
+    """Yield one micro-batch for each trainer of this rank's replica, in the order of its ranks."""
+    first = place.replica * place.tp_size
+    for step in job.steps(start):
+        trainers = range(first, first + place.tp_size)
+        yield from zip(*(job.micro_batches(step, trainer) for trainer in trainers), strict=True)
+
+
+def all_acquired(place: Place, acquired: bool, timeout_s: float) -> bool:
+    """Tell whether every rank of this replica has a slot; all of them call this together.
+
+    Raises TimeoutError, naming them, where some rank does not come within `timeout_s`.
+    """
+    status = torch.tensor([int(acquired)], dtype=torch.int32)
+    work = dist.all_reduce(status, op=dist.ReduceOp.MIN, async_op=True)
+    assert work is not None
+    try:
+        work.wait(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        others = [t for t in range(place.tp_size) if t != place.tp_rank]
+        raise TimeoutError(
+            f"{place}: tensor-parallel ranks {others} of engine replica {place.replica} did not "
+            f"all get a slot of their rings within {timeout_s:g} s ({error}); one of their "
+            "trainers is slow or gone; see limit.step_s"
+        ) from error
+    return bool(status.item())
+
+
+def _acquire(sink: FeatureSink, tokens: TokenBatch, timeout_s: float) -> Features | None:
+    """Wait for a free slot; None once the trainer has closed the ring."""
+    try:
+        return sink.acquire(tokens, timeout_s=timeout_s)
     except Closed:
-        log.info("the trainer needs no more features")
+        return None
+
+
+def _publish(sink: FeatureSink) -> bool:
+    """Hand the slot over; False where the trainer has closed the ring meanwhile."""
+    try:
+        sink.publish()
+    except Closed:
+        return False
+    return True
 
 
 class CaptureRate:

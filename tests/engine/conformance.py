@@ -52,6 +52,7 @@ def check_engine(
     """Assert the contract of `Engine.capture`; `close(actual, expected)` asserts near equality."""
     _check_fills_everything_and_repeats(engine, device, vocab_size, seed)
     _check_rows_are_in_token_order(engine, device, vocab_size, seed, close)
+    _check_taking_part_writes_nothing(engine, device, vocab_size, seed)
     _check_empty(engine, device)
     _check_longest(engine, device, vocab_size, longest, seed)
 
@@ -87,6 +88,18 @@ def _check_rows_are_in_token_order(
         for whole, part in zip(tensors(packed), tensors(alone), strict=True):
             close(whole[start:end], part)
         start = end
+
+
+def _check_taking_part_writes_nothing(
+    engine: Engine, device: torch.device, vocab_size: int, seed: int
+) -> None:
+    tokens = random_batch([7, 3], vocab_size=vocab_size, seed=seed + 3)
+    before = capture(engine, tokens, device)
+    copies = [view.clone() for view in tensors(before)]
+    other = random_batch([10], vocab_size=vocab_size, seed=seed + 4)
+    engine.capture(other, None)
+    for view, copy in zip(tensors(before), copies, strict=True):
+        assert torch.equal(view, copy)
 
 
 def _check_empty(engine: Engine, device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,12 +47,50 @@ def test_auto_is_hf_on_a_cpu(target: Target) -> None:
     assert isinstance(start(target, EngineConfig()), HfEngine)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("sglang") is not None, reason="wants a machine without sglang"
-)
-def test_sglang_that_is_not_installed_says_what_to_install(target: Target) -> None:
-    with pytest.raises(ValueError, match=r"pip install 'colospec\[sglang\]'.*engine=hf"):
-        start(target, EngineConfig(name="sglang"), device="cuda")
+def test_auto_is_sglang_on_cuda(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_FACTORIES", dict(base._FACTORIES))
+    base.register("sglang", hf_on_cpu)
+    assert isinstance(start(target, EngineConfig(), device="cuda"), HfEngine)
+
+
+def hf_on_cpu(settings: EngineSettings) -> Engine:
+    assert settings.device.type == "cuda"
+    return HfEngine(replace(settings, device=torch.device("cpu")))
+
+
+def test_an_engine_of_ones_own_is_imported_first(
+    target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(base, "_FACTORIES", dict(base._FACTORIES))
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"engine{random.getrandbits(40)}"
+    (tmp_path / f"{name}.py").write_text(
+        "from colospec.engine import base, hf\n"
+        "class Mine(hf.HfEngine): pass\n"
+        "base.register('mine', Mine)\n"
+    )
+    engine = start(target, EngineConfig(name="mine", module=name))
+    assert type(engine).__name__ == "Mine"
+
+    with pytest.raises(ValueError, match=rf"{name} registers no engine other.*hf, mine, sglang"):
+        start(target, EngineConfig(name="other", module=name))
+
+
+@pytest.mark.parametrize("content", [None, "import absent_package", "1 / 0"])
+def test_a_module_that_does_not_import_is_named(
+    target: Target, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"engine{random.getrandbits(40)}"
+    if content is not None:
+        (tmp_path / f"{name}.py").write_text(content)
+    with pytest.raises(ValueError, match=rf"engine\.module={name} cannot be imported \("):
+        start(target, EngineConfig(name="mine", module=name))
+
+
+def test_an_unknown_engine_lists_those_there_are(target: Target) -> None:
+    with pytest.raises(ValueError, match=r"engine\.name=vllm is not known .*hf, sglang"):
+        start(target, EngineConfig(name="vllm"))
 
 
 def test_hf_refuses_tensor_parallelism(target: Target) -> None:
