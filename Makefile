@@ -5,20 +5,32 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 draft ?= eagle3
+sglang ?= 0.5.17
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-offline doctor format lint types test test-gpu soak demo train sweep bench plots clean
+.PHONY: help install install-gpu install-offline patch-sglang doctor format lint types test test-gpu soak demo train sweep bench bench-gpu plots clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
 install: $(STAMP)  ## Make .venv with the tested versions and build the extension
-$(STAMP): pyproject.toml constraints.txt $(wildcard colospec/csrc/*)
+$(STAMP): pyproject.toml constraints.txt constraints/sglang-cpu.txt $(wildcard colospec/csrc/*)
 	@echo "install: building $(VENV) (about two minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --constraint constraints.txt torch setuptools
 	@$(INSTALL) --constraint constraints.txt --no-build-isolation -e '.[test,dev]'
+	@$(INSTALL) --no-deps --requirement constraints/sglang-cpu.txt
 	@touch $(STAMP)
+
+install-gpu:  ## Make .venv for CUDA GPUs, with SGLang (sglang=0.5.16 for that version)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) --constraint constraints/sglang-$(sglang).txt torch setuptools
+	@$(INSTALL) --constraint constraints/sglang-$(sglang).txt --no-build-isolation -e '.[test]'
+	@$(INSTALL) --no-deps --requirement constraints/sglang-$(sglang).txt
+	@touch $(STAMP)
+
+patch-sglang: $(STAMP)  ## Patch the installed SGLang; the engine runs without it as well
+	$(BIN)/python third_party/sglang_patch/apply.py apply
 
 install-offline:  ## Build the extension into the current python, without the network
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
@@ -59,8 +71,15 @@ train: $(STAMP)  ## Colocated run on all GPUs of this machine (or its CPU)
 sweep: $(STAMP)  ## Three learning rates, one fresh job each
 	$(BIN)/python -m colospec.run -m +mode=colocate +sweep=lr
 
-bench: $(STAMP)  ## Measure this machine; results go to benchmarks/results
+bench: $(STAMP)  ## Measure this machine, its GPUs too; results go to benchmarks/results
 	$(BIN)/python benchmarks/bench_ring.py
+	@if [ -e /dev/nvidia0 ]; then $(MAKE) --no-print-directory bench-gpu; fi
+
+bench-gpu: $(STAMP)  ## The GPU part of bench: ring, step, engine and trainer alone and together
+	$(BIN)/python benchmarks/bench_ring_gpu.py
+	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps require
+	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps off
 
 plots: $(STAMP)  ## Redraw the tables of README.md from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
