@@ -18,6 +18,7 @@ PROGRAM = "nvidia-cuda-mps-control"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 ASK_S = 5.0
 POLL_S = 0.05
+NUM_TRIES = 10
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,22 @@ class Control:
     pipe: Path
 
     def ask(self, command: str, *, timeout_s: float = ASK_S) -> str:
-        """Send one command and return the answer; raises MpsError if there is none."""
+        """Send one command and return the answer; raises MpsError if there is none.
+
+        A daemon hears one question at a time and turns others away, so it is asked a few times.
+        """
+        for attempt in range(NUM_TRIES):
+            if attempt:
+                time.sleep(POLL_S)
+            done = self._run(command, timeout_s)
+            if done.returncode == 0:
+                return done.stdout
+        said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
+        raise MpsError(f"no MPS control daemon answers in {self.pipe}: {said}")
+
+    def _run(self, command: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         try:
-            done = subprocess.run(
+            return subprocess.run(
                 [PROGRAM],
                 input=f"{command}\n",
                 env={**os.environ, PIPE_VARIABLE: str(self.pipe)},
@@ -47,10 +61,6 @@ class Control:
             ) from None
         except OSError as error:
             raise MpsError(f"{PROGRAM} cannot be run: {error}") from None
-        if done.returncode:
-            said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
-            raise MpsError(f"no MPS control daemon answers in {self.pipe}: {said}")
-        return done.stdout
 
     def servers(self) -> list[int]:
         """Return the pids of the daemon's servers; there is none before the first client."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -56,11 +58,10 @@ def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: St
         if views is None:
             log.info("the trainer needs no more features")
             return
-        began = time.monotonic()
-        for index, tokens in enumerate(parts):
-            engine.capture(tokens, views if index == place.tp_rank else None)
-        wanted = _publish(sink)
-        rate.add(own, time.monotonic() - began)
+        with rate.capture(own):
+            for index, tokens in enumerate(parts):
+                engine.capture(tokens, views if index == place.tp_rank else None)
+            wanted = _publish(sink)
         world.watchdog.beat()
     if wanted:
         sink.end()
@@ -112,17 +113,40 @@ def _publish(sink: FeatureSink) -> bool:
 
 
 class CaptureRate:
-    """Tells the trainers what this engine could do: tokens per second of capture time."""
+    """Tells the trainers what this engine could do: tokens per second of capture time.
+
+    On CUDA that is time of the device: the host is ahead of it.
+    """
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._tokens = 0
         self._busy_s = 0.0
         self._reported = time.monotonic()
+        self._running: deque[tuple[int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
-    def add(self, tokens: TokenBatch, seconds: float) -> None:
-        """Count one capture; publish the rate about once a second."""
-        self._tokens += tokens.num_tokens
+    @contextmanager
+    def capture(self, tokens: TokenBatch) -> Iterator[None]:
+        """Count what happens inside as one capture; publish the rate about once a second."""
+        if self._world.device.type == "cuda":
+            begin, end = (
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+                for _ in range(2)
+            )
+            begin.record()
+            yield
+            end.record()
+            self._running.append((tokens.num_tokens, begin, end))
+            while self._running and self._running[0][2].query():  # type: ignore[no-untyped-call]
+                number, begin, end = self._running.popleft()
+                self._count(number, begin.elapsed_time(end) / 1e3)
+        else:
+            began = time.monotonic()
+            yield
+            self._count(tokens.num_tokens, time.monotonic() - began)
+
+    def _count(self, num_tokens: int, seconds: float) -> None:
+        self._tokens += num_tokens
         self._busy_s += seconds
         now = time.monotonic()
         if now - self._reported > REPORT_S:
@@ -160,10 +184,9 @@ class AlternateSource(FeatureSource):
             self._channel.writer.end()
         else:
             views = self._channel.writer.acquire(tokens, timeout_s=timeout_s)
-            began = time.monotonic()
-            self._engine.capture(tokens, views)
-            self._channel.writer.publish()
-            self._rate.add(tokens, time.monotonic() - began)
+            with self._rate.capture(tokens):
+                self._engine.capture(tokens, views)
+                self._channel.writer.publish()
         return self._channel.reader.acquire(timeout_s=timeout_s)
 
     def close(self) -> None:

@@ -94,6 +94,7 @@ def run(here: Place, seed: int, sink: Sink, *, step_s: float = 30.0) -> Engine:
     world = SimpleNamespace(
         place=here,
         limit=SimpleNamespace(step_s=step_s),
+        device=torch.device("cpu"),
         watchdog=SimpleNamespace(beat=lambda: None),
         store=SimpleNamespace(set_json=lambda *_: None),
     )
