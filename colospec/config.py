@@ -147,6 +147,9 @@ class DraftConfig:
     algorithm: str = MISSING
     """Name in the registry."""
 
+    def check(self) -> None:
+        """Raise ValueError for the first setting that cannot work."""
+
 
 @dataclass
 class Eagle3Config(DraftConfig):
@@ -174,6 +177,18 @@ class Eagle3Config(DraftConfig):
     chunk_tokens: int | None = None
     """Supervised positions per chunk of vocabulary head and loss; bounds their memory. Null is 2048
     on a CPU and 8192 on a GPU."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first setting that cannot work."""
+        _check_layers(self.aux_layer_ids)
+
+
+def _check_layers(ids: list[int] | None) -> None:
+    if ids is not None and (not ids or len(set(ids)) != len(ids) or min(ids) < 0):
+        raise ValueError(
+            f"draft.aux_layer_ids={ids} must be distinct layers of the target, from 0; "
+            "null takes the default"
+        )
 
 
 @dataclass
@@ -405,13 +420,7 @@ def check(run: RunConfig) -> None:
             f"engine.tp={run.engine.tp} does not work in mode=alternate, where every rank runs its "
             "own engine; set engine.tp=1 or use +mode=colocate"
         )
-    if isinstance(run.draft, Eagle3Config) and run.draft.aux_layer_ids is not None:
-        ids = run.draft.aux_layer_ids
-        if not ids or len(set(ids)) != len(ids) or min(ids) < 0:
-            raise ValueError(
-                f"draft.aux_layer_ids={ids} must be distinct layers of the target, from 0; "
-                "null takes the default"
-            )
+    run.draft.check()
 
 
 _AT_LEAST: tuple[tuple[str, float], ...] = (

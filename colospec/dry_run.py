@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from rich.table import Table
 
 from colospec import demo
-from colospec.checkpoint.public import eagle3, tensor_shapes
 from colospec.config import Mode, RunConfig
 from colospec.data.dataset import Dataset
 from colospec.draft import registry
@@ -59,8 +56,7 @@ def _memory_table(run: RunConfig, topology: Topology, target: Target) -> Table:
     spec = registry.features(run.draft, target)
     num_slots = run.ring.num_slots if topology.mode is Mode.colocate else 1
     slots = num_slots * run.data.token_budget * spec.bytes_per_token
-    shapes = tensor_shapes(eagle3(run.draft), target)
-    num_trained = sum(math.prod(s) for name, s in shapes.items() if name not in ("t2d", "d2t"))
+    num_trained = registry.find(run.draft.algorithm).public.num_parameters(run.draft, target)
     num_frozen = (1 if target.tied else 2) * target.vocab_size * target.hidden_size
     trainers = topology.num_trainers
     parts = [

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import colospec
+from colospec.draft.public import CardText
 
 _CARD = """\
 ---
 library_name: transformers
 tags:
 - speculative-decoding
-- eagle3
+- {tag}
 - colospec
 ---
 
-# EAGLE-3 draft model for {target}
+# {title} draft model for {target}
 
 Proposes the next tokens of **{target}**, which verifies them: the output stays the target's own, it
 only comes faster. Trained with colospec {version}. The input embedding is not in this directory:
@@ -29,38 +30,32 @@ engines share the target's.
 
 Replace `TARGET` by the target model and `DRAFT` by this directory.
 
-SGLang:
-
-    python -m sglang.launch_server --model-path TARGET \\
-        --speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT \\
-        --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4
-
-vLLM:
-
-    vllm serve TARGET \\
-        --speculative-config '{{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": 3}}'
-
+{serve}
 Acceptance depends on target, prompts and sampling: measure it on your own traffic. Metrics above
 that are called simulated are estimates from training accuracy.
 """
 
 
-def model_card(target_name: str, contents: dict[str, Any], facts: dict[str, Any]) -> str:
+def model_card(
+    target_name: str, contents: dict[str, Any], text: CardText, facts: dict[str, Any]
+) -> str:
     """Return the card of a draft with these config.json contents; `facts` is any flat or nested
     JSON about its training."""
-    vocabulary = f"{contents['draft_vocab_size']:,} of {contents['vocab_size']:,} tokens"
     rows = {
         "target": f"{target_name} (hidden size {contents['hidden_size']:,})",
-        "draft vocabulary": vocabulary,
-        "aux layers of the target": ", ".join(
-            map(str, contents["eagle_config"]["eagle_aux_hidden_state_layer_ids"])
-        ),
-        "training-time test": f"{contents['colospec']['ttt_length']} steps",
+        **text.rows,
         "dtype": contents["dtype"],
         **_flat(facts),
     }
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
-    return _CARD.format(target=target_name, version=colospec.__version__, facts=table)
+    return _CARD.format(
+        target=target_name,
+        title=text.title,
+        tag=text.tag,
+        version=colospec.__version__,
+        facts=table,
+        serve=text.serve,
+    )
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, str]:

@@ -32,14 +32,13 @@ from colospec.checkpoint.public import (
     FLOATS,
     check_tensors,
     check_values,
-    eagle3,
     read_config,
-    tensor_shapes,
     write_config,
 )
 from colospec.checkpoint.state import load_model
-from colospec.config import DraftConfig, Eagle3Config
+from colospec.config import DraftConfig
 from colospec.draft import registry
+from colospec.draft.base import DraftModel
 from colospec.target import Target
 
 WEIGHTS = "model.safetensors"
@@ -64,8 +63,8 @@ def export_draft(
     tensors are written as `dtype`; `facts` (JSON) go on the model card. Raises ValueError if the
     tensors are not those of the public format, RuntimeError if the disk fails.
     """
-    draft = eagle3(config)
-    shapes = tensor_shapes(draft, target)
+    form = registry.find(config.algorithm).public
+    shapes = form.tensor_shapes(config, target)
     kinds = {name: (tuple(t.shape), str(t.dtype)[len("torch.") :]) for name, t in state.items()}
     check_tensors(kinds, shapes, "the state to export")
     tensors = {
@@ -73,20 +72,20 @@ def export_draft(
         for name, tensor in state.items()
     }
     check_values(tensors, "the state to export")
-    if target.num_layers - 1 in registry.features(draft, target).aux_layer_ids:
+    if target.num_layers - 1 in registry.features(config, target).aux_layer_ids:
         log.warning(
             "this draft reads the last layer of %s, which SGLang and vLLM do not capture; it can "
             "be evaluated here but not served", target.path,
         )  # fmt: skip
     with _replacing(directory) as temporary:
-        contents = write_config(temporary, draft, target, dtype)
-        card = model_card(target.name, contents, facts)
+        contents = write_config(temporary, config, target, dtype)
+        card = model_card(target.name, contents, form.card(contents), facts)
         (temporary / "README.md").write_text(card)
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         _compare(tensors, read_tensors(temporary / WEIGHTS, shapes))
 
 
-def load_draft(directory: Path, target: Target) -> nn.Module:
+def load_draft(directory: Path, target: Target) -> DraftModel:
     """Build the draft of an exported directory, on the CPU, in float32, with the target's weights.
 
     Raises ValueError if it is not a draft for `target`, listing what differs.
@@ -110,12 +109,15 @@ def load_weights(draft: nn.Module, directory: Path) -> None:
 def check_warm_start(config: DraftConfig, directory: Path, target: Target) -> None:
     """Raise ValueError if the draft in `directory` fits `config` by its shapes alone: with other
     aux layers or norms its weights would be fed with what they were not trained on."""
-    theirs, ours = read_config(directory, target), eagle3(config)
-    pairs: dict[str, list[Any]] = {
-        "aux_layer_ids": [registry.features(c, target).aux_layer_ids for c in (theirs, ours)],
-        "norm_output": [theirs.norm_output, ours.norm_output],
-        "fc_norm": [theirs.fc_norm, ours.fc_norm],
-    }
+    theirs = read_config(directory, target)
+    if theirs.algorithm != config.algorithm:
+        raise ValueError(
+            f"trainer.init_from={directory} is a draft of draft={theirs.algorithm}, not "
+            f"{config.algorithm}; choose draft={theirs.algorithm}"
+        )
+    form = registry.find(config.algorithm).public
+    there, here = form.inputs(theirs, target), form.inputs(config, target)
+    pairs = {key: (there[key], value) for key, value in here.items()}
     different = [f"draft.{key}: {p[0]} -> {p[1]}" for key, p in pairs.items() if p[0] != p[1]]
     if different:
         raise ValueError(
@@ -199,7 +201,7 @@ def _export_checkpoint(args: argparse.Namespace) -> None:
     meta = found.manifest.meta
     run = meta["run"]
     target = Target.load(args.target or meta["target"], dtype=run["target"]["dtype"])
-    schema = OmegaConf.structured(Eagle3Config)
+    schema = OmegaConf.structured(registry.find(run["draft"]["algorithm"]).config_type)
     config = OmegaConf.to_object(OmegaConf.merge(schema, run["draft"]))
     assert isinstance(config, DraftConfig)
     export_draft(

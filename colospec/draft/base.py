@@ -10,7 +10,7 @@ Shape letters: T tokens, H target hidden size, V target vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from colospec.batch import FeatureBatch, FeatureSpec
 from colospec.config import DraftConfig, Weights
+from colospec.draft.public import PublicFormat
 from colospec.target import Target
+
+if TYPE_CHECKING:
+    from colospec.draft.layer import KVCache
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,12 @@ class DraftModel(nn.Module):
     """Base of all draft algorithms: the target's frozen weights, and what a subclass must define.
 
     Two buffers: `embedding` [V, H] and `target_head` [V, H] (None where the target ties them).
+    `config_type` is the class of its settings, `public` how inference engines know it.
     """
+
+    config_type: ClassVar[type[DraftConfig]]
+    public: ClassVar[PublicFormat]
+    config: DraftConfig
 
     embedding: Tensor
     target_head: Tensor | None
@@ -75,6 +84,12 @@ class DraftModel(nn.Module):
         """Build with fresh random weights (from torch's global generator, so seed it alike on all
         trainers) and without the target's weights; `load_target` adds those."""
         raise NotImplementedError
+
+    def untrained(self, target: Target) -> Self:
+        """Return the same draft with fresh weights, from torch's global generator."""
+        fresh = type(self).from_config(self.config, target, token_counts=None)
+        fresh.set_target(self.embedding, self.target_head)
+        return fresh
 
     def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
         """Return loss and metrics of one micro-batch.
@@ -120,3 +135,26 @@ class DraftModel(nn.Module):
     def frozen_head(self) -> Tensor:
         """The target's output head [V, H]."""
         return self.embedding if self.target_head is None else self.target_head
+
+
+class ChainDraft(DraftModel):
+    """A draft that proposes one token after another, each from its own last state."""
+
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        """Turn the target's aux hidden states [T, A * H] into first states [T, H]."""
+        raise NotImplementedError
+
+    def decode(
+        self, token_ids: Tensor, hidden: Tensor, position_ids: Tensor, cache: KVCache
+    ) -> tuple[Tensor, Tensor]:
+        """Append n tokens to `cache` and return what the draft predicts after each.
+
+        token_ids [n]: token t + 1 beside hidden state t; hidden [n, H]: from `project` or an
+        earlier `decode`; position_ids [n]: t. Returns logits [n, W] over the draft's vocabulary and
+        the hidden states [n, H] to feed back.
+        """
+        raise NotImplementedError
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Translate draft tokens into target tokens, any shape."""
+        raise NotImplementedError

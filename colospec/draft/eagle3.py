@@ -22,20 +22,25 @@ from colospec.batch import FeatureBatch, FeatureSpec, TokenBatch
 from colospec.config import DraftConfig, Eagle3Config
 from colospec.draft.alignment import Unroll, to_device, unroll
 from colospec.draft.attention import Documents, ttt_attention
-from colospec.draft.base import DraftModel, LossTerms, StepContext
+from colospec.draft.base import ChainDraft, LossTerms, StepContext
+from colospec.draft.eagle3_public import Eagle3Format
 from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm
+from colospec.draft.layers import eagle3_layers
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
 from colospec.draft.rope import Rope
 from colospec.draft.vocab import build_vocab_mapping
 from colospec.target import Target
 
 
-class Eagle3(DraftModel):
+class Eagle3(ChainDraft):
     """The draft, its loss, and its decoding.
 
     Buffers `t2d` [V] bool and `d2t` [W] int64 exist only with a pruned vocabulary (see `vocab`).
     """
 
+    config_type = Eagle3Config
+    public = Eagle3Format()
+    config: Eagle3Config
     d2t: Tensor | None
 
     def __init__(
@@ -44,7 +49,7 @@ class Eagle3(DraftModel):
         super().__init__()
         self.config = config
         size, eps = target.hidden_size, float(target.hf_config.get("rms_norm_eps", 1e-6))
-        num_aux = len(aux_layer_ids(config, target))
+        num_aux = len(eagle3_layers(config, target))
         self.rope = Rope(target)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
@@ -73,7 +78,7 @@ class Eagle3(DraftModel):
         """Aux hidden states of `aux_layer_ids`, and the last hidden states for the teacher."""
         assert isinstance(config, Eagle3Config)
         return FeatureSpec(
-            aux_layer_ids=aux_layer_ids(config, target),
+            aux_layer_ids=eagle3_layers(config, target),
             last_hidden_states=True,
             hidden_size=target.hidden_size,
             dtype=target.dtype,
@@ -95,6 +100,17 @@ class Eagle3(DraftModel):
             )
         mapping = build_vocab_mapping(token_counts, config.draft_vocab_size)
         return cls(config, target, mapping=mapping)
+
+    def untrained(self, target: Target) -> Self:
+        """Return the same draft with fresh weights, and the same vocabulary."""
+        fresh = type(self).from_config(
+            self.config, target, token_counts=torch.zeros(target.vocab_size)
+        )
+        if fresh.d2t is not None:
+            fresh.load_state_dict({"d2t": self.d2t, "t2d": self.t2d}, strict=False)
+        # The head starts from the target's rows of this vocabulary.
+        fresh.set_target(self.embedding, self.target_head)
+        return fresh
 
     def set_target(self, embedding: Tensor, head: Tensor | None = None) -> None:
         """Set the frozen weights, and start the draft's head from the target's rows.
@@ -196,28 +212,6 @@ class Eagle3(DraftModel):
 
     def _finish(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.config.norm_output else hidden
-
-
-def aux_layer_ids(config: Eagle3Config, target: Target) -> tuple[int, ...]:
-    """Return the aux layers, ascending, which is the order in which inference engines capture them.
-
-    The default is [1, L // 2 - 1, L - 4]. Where these are not distinct and ascending (L < 7), it is
-    up to three layers spread evenly from 0 to L - 2, the last layer only if there are too few.
-    Raises ValueError for layers that the target does not have.
-    """
-    num_layers = target.num_layers
-    if config.aux_layer_ids is not None:
-        if any(not 0 <= layer < num_layers for layer in config.aux_layer_ids):
-            raise ValueError(
-                f"draft.aux_layer_ids={list(config.aux_layer_ids)} names a layer outside the "
-                f"target's 0..{num_layers - 1}; null takes the default"
-            )
-        return tuple(sorted(config.aux_layer_ids))
-    default = (1, num_layers // 2 - 1, num_layers - 4)
-    if default[0] < default[1] < default[2]:
-        return default
-    last = min(max(num_layers - 2, 2), num_layers - 1)
-    return tuple(sorted({0, last // 2, last}))
 
 
 class _Pick(Function):

@@ -25,6 +25,19 @@ def find(name: str) -> type[DraftModel]:
     return ALGORITHMS[name]
 
 
+def find_architecture(name: str) -> type[DraftModel] | None:
+    """Return the algorithm whose architecture in config.json is `name`; None if there is none."""
+    for algorithm in ALGORITHMS.values():
+        if name in algorithm.public.architectures:
+            return algorithm
+    return None
+
+
+def architectures() -> list[str]:
+    """Return all architectures that `find_architecture` knows."""
+    return [name for kind in ALGORITHMS.values() for name in kind.public.architectures]
+
+
 def features(config: DraftConfig, target: Target) -> FeatureSpec:
     """Return what the draft of `config` needs from the target."""
     return find(config.algorithm).features(config, target)

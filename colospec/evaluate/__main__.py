@@ -14,12 +14,10 @@ import torch
 
 from colospec.checkpoint.export import load_draft
 from colospec.data.encode import load_tokenizer
-from colospec.draft import registry
-from colospec.draft.eagle3 import Eagle3
 from colospec.evaluate.acceptance import DecodingSettings
 from colospec.evaluate.compare import compare
 from colospec.evaluate.decoder import TargetDecoder
-from colospec.evaluate.drafters import ChainDrafter
+from colospec.evaluate.drafters import open_drafter
 from colospec.evaluate.prompts import read_prompts
 from colospec.log import console, to_console
 from colospec.target import Target
@@ -35,14 +33,6 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def open_drafter(directory: Path, target: Target, device: torch.device) -> ChainDrafter:
-    """Load an exported draft. Raises ValueError if it is none, or not one for `target`."""
-    model = load_draft(directory, target)
-    assert isinstance(model, Eagle3)
-    layers = registry.features(model.config, target).aux_layer_ids
-    return ChainDrafter(model.to(device), layers, vocab_size=target.vocab_size)
-
-
 def _evaluate(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
@@ -52,7 +42,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_prompts=options.num_prompts,
         prompt_tokens=options.prompt_tokens,
     )
-    drafter = open_drafter(options.draft, target, device)
+    drafter = open_drafter(load_draft(options.draft, target).to(device), target)
     decoder = TargetDecoder(target, device=device, trust_remote_code=options.trust_remote_code)
     settings = DecodingSettings(
         max_new_tokens=options.max_new_tokens,

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colospec.draft.eagle3 import Eagle3
+from colospec.draft import registry
+from colospec.draft.base import ChainDraft, DraftModel
 from colospec.draft.layer import KVCache
 from colospec.evaluate.sampling import Sampler
+from colospec.target import Target
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,11 @@ def most_frequent_successors(texts: list[tuple[Tensor, Tensor]], *, vocab_size: 
 
 
 class ChainDrafter:
-    """A draft model of the EAGLE family, greedy or sampling, with a KV cache of its own."""
+    """A draft that proposes token by token, greedy or sampling, with a KV cache of its own."""
 
-    def __init__(self, model: Eagle3, aux_layer_ids: tuple[int, ...], *, vocab_size: int) -> None:
+    def __init__(
+        self, model: ChainDraft, aux_layer_ids: tuple[int, ...], *, vocab_size: int
+    ) -> None:
         self.aux_layer_ids = aux_layer_ids
         self._model = model.eval()
         self._vocab_size = vocab_size
@@ -180,3 +184,11 @@ class ChainDrafter:
         spread = probabilities.new_zeros(1, self._vocab_size)
         spread[:, self._model.to_target_ids(draft_ids)] = probabilities
         return spread
+
+
+def open_drafter(model: DraftModel, target: Target) -> Drafter:
+    """Return what decodes with `model`. Raises ValueError for a kind that nothing here decodes."""
+    layers = registry.features(model.config, target).aux_layer_ids
+    if isinstance(model, ChainDraft):
+        return ChainDrafter(model, layers, vocab_size=target.vocab_size)
+    raise ValueError(f"draft.algorithm={model.config.algorithm} has no decoding here")

@@ -16,7 +16,7 @@ from colospec.checkpoint.export import load_draft
 from colospec.config import EngineConfig, Weights
 from colospec.data.encode import load_tokenizer
 from colospec.draft import registry
-from colospec.draft.eagle3 import Eagle3
+from colospec.draft.base import DraftModel
 from colospec.engine.base import Engine, open_engine
 from colospec.evaluate.acceptance import DecodingSettings
 from colospec.evaluate.compare import Comparison, compare, held_out_loss
@@ -24,9 +24,8 @@ from colospec.evaluate.curves import draw_curves
 from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import (
     BigramDrafter,
-    ChainDrafter,
-    Drafter,
     most_frequent_successors,
+    open_drafter,
 )
 from colospec.evaluate.prompts import read_prompts
 from colospec.target import Target
@@ -78,17 +77,12 @@ def report_run(
         )
     tokenizer = load_tokenizer(target.path)
     trained = load_draft(export, target)
-    assert isinstance(trained, Eagle3)
     successors = _successors(train_path, tokenizer, target.vocab_size)
     models = {"trained draft": trained, "untrained draft": _untrained(trained, target)}
     engine = _open_engine(target, trained)
     texts = _prompts(eval_path, tokenizer, settings.num_prompts, TEXT_TOKENS)
     losses = {name: held_out_loss(model, engine, texts) for name, model in models.items()}
-    layers = engine.spec.aux_layer_ids
-    drafters: dict[str, Drafter] = {
-        name: ChainDrafter(model, layers, vocab_size=target.vocab_size)
-        for name, model in models.items()
-    }
+    drafters = {name: open_drafter(model, target) for name, model in models.items()}
     drafters["bigram table"] = BigramDrafter(successors)
     comparison = compare(
         TargetDecoder(target, device=CPU),
@@ -128,20 +122,14 @@ def _successors(path: Path, tokenizer: Any, vocab_size: int) -> Tensor:
     return most_frequent_successors(list(zip(rows, masks, strict=True)), vocab_size=vocab_size)
 
 
-def _untrained(trained: Eagle3, target: Target) -> Eagle3:
+def _untrained(trained: DraftModel, target: Target) -> DraftModel:
     """Build what the run started from: the same draft with fresh weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
-        model = registry.build(trained.config, target, token_counts=torch.zeros(target.vocab_size))
-    assert isinstance(model, Eagle3)
-    if trained.d2t is not None and model.d2t is not None:
-        model.d2t.copy_(trained.d2t)
-        # The head starts from the target's rows of this vocabulary.
-        model.set_target(model.embedding, model.target_head)
-    return model
+        return trained.untrained(target)
 
 
-def _open_engine(target: Target, draft: Eagle3) -> Engine:
+def _open_engine(target: Target, draft: DraftModel) -> Engine:
     spec: FeatureSpec = registry.features(draft.config, target)
     return open_engine(
         EngineConfig(name="hf"),

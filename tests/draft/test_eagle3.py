@@ -8,8 +8,8 @@ from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.config import Alignment, Loss, Weights
 from colospec.draft import registry
 from colospec.draft.alignment import unroll
-from colospec.draft.eagle3 import aux_layer_ids
 from colospec.draft.layer import KVCache
+from colospec.draft.layers import eagle3_layers
 from colospec.target import Target
 from tests.draft.cases import (
     context,
@@ -260,7 +260,7 @@ def test_overfits_one_document_of_a_real_target(tmp_path, family, draft_vocab_si
 def test_default_aux_layers_exist_and_differ(num_layers, expected):
     target = make_target(num_layers=num_layers)
 
-    assert aux_layer_ids(make_config(), target) == expected
+    assert eagle3_layers(make_config(), target) == expected
     assert make_draft(
         make_config(), target, generator=torch.Generator()
     ).fc.in_features == 16 * len(expected)

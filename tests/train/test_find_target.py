@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from colospec.config import CONF_DIR, Eagle3Config, Mode, RunConfig, TargetConfig, Weights
-from colospec.draft.eagle3 import aux_layer_ids
+from colospec.draft.layers import eagle3_layers
 from colospec.draft.rope import rope_frequencies
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS, target_directory
@@ -63,7 +63,7 @@ def test_public_configs_are_those_of_models_of_their_size(file):
     total = target.num_layers * layer + vocabulary
     assert total / 1e9 == pytest.approx(SIZES[file.stem], rel=0.005)
     assert target.dtype is torch.bfloat16
-    assert len(aux_layer_ids(Eagle3Config(), target)) == 3
+    assert len(eagle3_layers(Eagle3Config(), target)) == 3
     assert torch.isfinite(rope_frequencies(target)[0]).all()
 
 

@@ -1,0 +1,123 @@
+"""The public EAGLE-3 format: config.json and the tensors that SGLang and vLLM load.
+
+Tensor names are those of the draft module. The target's embedding is not written: engines share the
+target's own. Engines skip tensors that they do not know without a word, so the list is exact.
+
+Layer ids appear twice in config.json. In `eagle_config`, which SGLang reads, layer i means the
+output of decoder layer i from 0, as everywhere in colospec. At the top level, which vLLM reads,
+number j means the input of layer j, so it is one more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colospec.config import DraftConfig, Eagle3Config
+from colospec.draft.layers import eagle3_layers
+from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
+from colospec.target import Target
+
+_SERVE = """\
+SGLang:
+
+    python -m sglang.launch_server --model-path TARGET \\
+        --speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT \\
+        --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4
+
+vLLM:
+
+    vllm serve TARGET \\
+        --speculative-config '{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": 3}'
+"""
+
+
+class Eagle3Format(PublicFormat):
+    """SGLang's and vLLM's `LlamaForCausalLMEagle3`."""
+
+    architectures = ("LlamaForCausalLMEagle3",)
+
+    def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
+        assert isinstance(config, Eagle3Config)
+        num_aux = len(eagle3_layers(config, target))
+        hidden, vocab = target.hidden_size, target.vocab_size
+        mlp = config.intermediate_size or target.intermediate_size
+        query = target.num_attention_heads * target.head_dim
+        key = target.num_key_value_heads * target.head_dim
+        draft_vocab = _draft_vocab_size(config, target)
+        shapes: Shapes = {
+            "fc.weight": (hidden, num_aux * hidden),
+            "midlayer.input_layernorm.weight": (hidden,),
+            "midlayer.hidden_norm.weight": (hidden,),
+            "midlayer.post_attention_layernorm.weight": (hidden,),
+            "midlayer.self_attn.q_proj.weight": (query, 2 * hidden),
+            "midlayer.self_attn.k_proj.weight": (key, 2 * hidden),
+            "midlayer.self_attn.v_proj.weight": (key, 2 * hidden),
+            "midlayer.self_attn.o_proj.weight": (hidden, query),
+            "midlayer.mlp.gate_proj.weight": (mlp, hidden),
+            "midlayer.mlp.up_proj.weight": (mlp, hidden),
+            "midlayer.mlp.down_proj.weight": (hidden, mlp),
+            "norm.weight": (hidden,),
+            "lm_head.weight": (draft_vocab, hidden),
+        }
+        if config.fc_norm:
+            shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(num_aux)}
+        if draft_vocab < vocab:
+            shapes |= {"t2d": (vocab,), "d2t": (draft_vocab,)}
+        return shapes
+
+    def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        assert isinstance(config, Eagle3Config)
+        layers = eagle3_layers(config, target)
+        return {
+            "model_type": "llama",
+            **layer_fields(target, config.intermediate_size),
+            "num_hidden_layers": 1,
+            "draft_vocab_size": _draft_vocab_size(config, target),
+            "tie_word_embeddings": False,
+            "norm_output": config.norm_output,
+            "fc_norm": config.fc_norm,
+            "num_aux_hidden_states": len(layers),
+            "eagle_config": {
+                "eagle_aux_hidden_state_layer_ids": list(layers),
+                "use_aux_hidden_state": True,
+            },
+            "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in layers],
+            "colospec": {"ttt_length": config.ttt_length},
+        }
+
+    def read_config(self, contents: dict[str, Any]) -> Eagle3Config:
+        eagle_config = contents.get("eagle_config") or {}
+        return Eagle3Config(
+            aux_layer_ids=eagle_config.get("eagle_aux_hidden_state_layer_ids"),
+            ttt_length=contents.get("colospec", {}).get("ttt_length", Eagle3Config.ttt_length),
+            draft_vocab_size=contents.get("draft_vocab_size"),
+            intermediate_size=contents.get("intermediate_size"),
+            norm_output=bool(contents.get("norm_output", False)),
+            fc_norm=bool(contents.get("fc_norm", False)),
+        )
+
+    def target_facts(self, target: Target) -> dict[str, Any]:
+        return layer_facts(target) | {"num_hidden_layers": 1}
+
+    def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        assert isinstance(config, Eagle3Config)
+        return {
+            "aux_layer_ids": eagle3_layers(config, target),
+            "norm_output": config.norm_output,
+            "fc_norm": config.fc_norm,
+        }
+
+    def card(self, contents: dict[str, Any]) -> CardText:
+        layers = contents["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+        rows = {
+            "draft vocabulary": (
+                f"{contents['draft_vocab_size']:,} of {contents['vocab_size']:,} tokens"
+            ),
+            "aux layers of the target": ", ".join(map(str, layers)),
+            "training-time test": f"{contents['colospec']['ttt_length']} steps",
+        }
+        return CardText("EAGLE-3", "eagle3", rows, _SERVE)
+
+
+def _draft_vocab_size(config: Eagle3Config, target: Target) -> int:
+    return min(config.draft_vocab_size or target.vocab_size, target.vocab_size)

@@ -1,0 +1,131 @@
+"""How a draft looks outside colospec: the format that inference engines load, as data.
+
+Each algorithm has a `PublicFormat` beside its module. Files are read and written by `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from colospec.config import DraftConfig
+from colospec.target import Target
+
+Shapes = dict[str, tuple[int, ...]]
+MAPPING = {"t2d": "bool", "d2t": "int64"}
+"""Tensors of a pruned vocabulary, which are not trained, and their dtypes by torch's name."""
+
+
+@dataclass(frozen=True)
+class CardText:
+    """What the model card says of an algorithm: its name, its tag on model hubs, rows of the table
+    of facts, and how to serve it (Markdown; TARGET and DRAFT stand for the directories)."""
+
+    title: str
+    tag: str
+    rows: dict[str, str]
+    serve: str
+
+
+class PublicFormat:
+    """Tensor names, config.json and model card of one algorithm.
+
+    `architectures` are the entries in config.json that mean this format: the first is written, all
+    are read.
+    """
+
+    architectures: ClassVar[tuple[str, ...]]
+
+    def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
+        """Return the shape of every tensor, by name: those of the module's state dict."""
+        raise NotImplementedError
+
+    def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        """Return config.json, without dtype and architectures; `colospec` holds what only we
+        read."""
+        raise NotImplementedError
+
+    def read_config(self, contents: dict[str, Any]) -> DraftConfig:
+        """Return the settings that a config.json stands for; what it does not tell stays at its
+        default. Raises ValueError for what we cannot reproduce."""
+        raise NotImplementedError
+
+    def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
+        """Return the part of config.json that `target_facts` is to be compared with."""
+        return contents
+
+    def target_facts(self, target: Target) -> dict[str, Any]:
+        """Return what config.json says in every draft of `target`, where it says it at all."""
+        raise NotImplementedError
+
+    def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        """Return settings, by name, that weights depend on although no shape does."""
+        raise NotImplementedError
+
+    def tensor_name(self, name: str) -> str | None:
+        """Return our name of a tensor of another program's file; None for one that is the target's
+        own, which we take from the target."""
+        return name
+
+    def card(self, contents: dict[str, Any]) -> CardText:
+        """Return what the model card says, given config.json."""
+        raise NotImplementedError
+
+    def num_parameters(self, config: DraftConfig, target: Target) -> int:
+        """Return how many numbers are trained."""
+        shapes = self.tensor_shapes(config, target)
+        return sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPPING)
+
+
+def layer_fields(target: Target, intermediate_size: int | None) -> dict[str, Any]:
+    """Return the fields of config.json that all drafts copy from the target."""
+    hf = target.hf_config
+    return {
+        "hidden_size": target.hidden_size,
+        "target_hidden_size": target.hidden_size,
+        "intermediate_size": intermediate_size or target.intermediate_size,
+        "num_attention_heads": target.num_attention_heads,
+        "num_key_value_heads": target.num_key_value_heads,
+        "head_dim": target.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": float(hf.get("rms_norm_eps", 1e-6)),
+        "max_position_embeddings": hf.get("max_position_embeddings", 2048),
+        **rope_fields(target),
+        "vocab_size": target.vocab_size,
+        **{key: hf.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }
+
+
+def layer_facts(target: Target) -> dict[str, Any]:
+    """Return the fields among `layer_fields` that a draft of another target would differ in."""
+    return {
+        "vocab_size": target.vocab_size,
+        "hidden_size": target.hidden_size,
+        "num_attention_heads": target.num_attention_heads,
+        "num_key_value_heads": target.num_key_value_heads,
+        "head_dim": target.head_dim,
+        "rms_norm_eps": float(target.hf_config.get("rms_norm_eps", 1e-6)),
+        "rope_theta": target.rope_theta,
+    }
+
+
+def rope_fields(target: Target) -> dict[str, Any]:
+    """Return the target's rope fields in the spellings of transformers 4 and 5, for all engines."""
+    hf = target.hf_config
+    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    # Targets that mix layer types keep one dict per type; the draft attends to everything.
+    rope = rope.get("full_attention", rope)
+    theta = float(rope.get("rope_theta") or target.rope_theta)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    fields = {
+        "rope_theta": theta,
+        "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
+        "rope_parameters": {**scaling, "rope_type": kind, "rope_theta": theta},
+    }
+    if partial := rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor"):
+        fields["partial_rotary_factor"] = partial
+    return fields
