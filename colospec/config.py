@@ -99,6 +99,14 @@ class Alignment(Enum):
     eagle = "eagle"
 
 
+class BlockObjective(Enum):
+    """How the slots of a block are weighted: decay falls with their place; dpace (arXiv 2605.18810)
+    follows how likely the draft is to be right up to them."""
+
+    decay = "decay"
+    dpace = "dpace"
+
+
 class TrackerName(Enum):
     """Where metrics go beside metrics.jsonl."""
 
@@ -181,6 +189,53 @@ class Eagle3Config(DraftConfig):
     def check(self) -> None:
         """Raise ValueError for the first setting that cannot work."""
         _check_layers(self.aux_layer_ids)
+
+
+@dataclass
+class DFlashConfig(DraftConfig):
+    """DFlash (arXiv 2602.06036)."""
+
+    algorithm: str = "dflash"
+    aux_layer_ids: list[int] | None = None
+    """Target layers whose outputs feed the draft, 0-based; null spreads `num_aux_layers` of them
+    evenly from 1 to L - 3."""
+    num_aux_layers: int = 5
+    num_layers: int = 5
+    """Layers of the draft."""
+    block_size: int = 16
+    """Tokens of a block: one that is given, and those that are drafted at once."""
+    num_anchors: int = 512
+    """Most blocks of one sample in one step, begun at random supervised tokens."""
+    mask_token_id: int | None = None
+    """Token that stands for one to be drafted; null is the last row of the target's embedding."""
+    sliding_layers: list[int] = field(default_factory=list)
+    """Layers of the draft that see `sliding_window` tokens back and are causal inside a block."""
+    sliding_window: int | None = None
+    intermediate_size: int | None = None
+    """Width of the MLP; null copies the target's."""
+    objective: BlockObjective = BlockObjective.decay
+    decay_gamma: float | None = 7.0
+    """decay: the k-th drafted token weighs exp(-(k - 1) / decay_gamma); null weighs all alike."""
+    dpace_alpha: float = 0.5
+    """dpace: how far the draft's probabilities are pulled towards 1."""
+    chunk_tokens: int | None = None
+    """Supervised tokens per chunk of vocabulary head and loss; bounds their memory. Null is 2048
+    on a CPU and 8192 on a GPU."""
+
+    def check(self) -> None:
+        """Raise ValueError for the first setting that cannot work."""
+        _check_layers(self.aux_layer_ids)
+        layers = self.sliding_layers
+        if any(not 0 <= layer < self.num_layers for layer in layers):
+            raise ValueError(
+                f"draft.sliding_layers={layers} must be layers of the draft, 0 to "
+                f"{self.num_layers - 1}"
+            )
+        if bool(layers) != (self.sliding_window is not None):
+            raise ValueError(
+                f"draft.sliding_layers={layers} and draft.sliding_window={self.sliding_window} "
+                "need each other; set both, or neither"
+            )
 
 
 def _check_layers(ids: list[int] | None) -> None:
@@ -352,6 +407,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     store.store(group="draft", name="base_eagle3", node=Eagle3Config)
+    store.store(group="draft", name="base_dflash", node=DFlashConfig)
 
 
 def modes() -> list[str]:
@@ -430,6 +486,12 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("data.max_filtered_fraction", 0),
     ("data.num_workers", 1),
     ("draft.ttt_length", 1),
+    ("draft.block_size", 2),
+    ("draft.mask_token_id", 0),
+    ("draft.num_anchors", 1),
+    ("draft.num_aux_layers", 1),
+    ("draft.num_layers", 1),
+    ("draft.sliding_window", 1),
     ("draft.draft_vocab_size", 1),
     ("draft.intermediate_size", 1),
     ("draft.chunk_tokens", 1),
@@ -454,6 +516,7 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("trainer.weight_decay", 0),
 )
 _ABOVE_ZERO = (
+    "draft.decay_gamma",
     "draft.step_weight_decay",
     "limit.checkpoint_s",
     "limit.load_s",
@@ -466,6 +529,7 @@ _ABOVE_ZERO = (
 )
 _AT_MOST_ONE = (
     "data.max_filtered_fraction",
+    "draft.dpace_alpha",
     "draft.step_weight_decay",
     "mps.engine_priority",
     "mps.trainer_priority",

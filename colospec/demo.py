@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from colospec.config import CONF_DIR
 from colospec.log import console, to_console
 from colospec.target import Target
 
@@ -390,11 +391,23 @@ def report(run_dir: Path) -> None:
             console.print(f"wrote {file}")
 
 
+def _experiment(overrides: list[str]) -> str:
+    """Return the demo's settings for the chosen draft: demo_<draft>, or demo for the default."""
+    given = [item.partition("=")[2] for item in overrides if item.startswith("draft=")]
+    own = f"demo_{given[-1]}" if given else "demo"
+    return own if (CONF_DIR / "experiment" / f"{own}.yaml").is_file() else "demo"
+
+
 def _train_draft(overrides: list[str]) -> Path:
     """Train a draft in a job of its own; return the run directory."""
     given = [item.partition("=")[2] for item in overrides if item.startswith("run_dir=")]
     run_dir = Path(given[-1] if given else time.strftime("outputs/demo-%Y-%m-%d-%H-%M-%S"))
-    choices = ["+mode=colocate", "+experiment=demo", f"run_dir={run_dir}", *overrides]
+    choices = [
+        "+mode=colocate",
+        f"+experiment={_experiment(overrides)}",
+        f"run_dir={run_dir}",
+        *overrides,
+    ]
     done = subprocess.run([sys.executable, "-m", "colospec.run", *choices], check=False)
     if done.returncode:
         raise RuntimeError(f"training ended with exit code {done.returncode}; see above")

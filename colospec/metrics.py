@@ -39,7 +39,7 @@ class Sums:
         if reduce is not None:
             reduce(self._values)
         sums, counts = self._values.cpu().unbind(1)
-        means = (sums / counts.clamp(min=1)).tolist()
+        means = (sums / torch.where(counts > 0, counts, 1.0)).tolist()
         self._values = None
         return dict(zip(self._names, means, strict=True))
 

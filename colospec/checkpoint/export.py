@@ -13,7 +13,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from colospec.checkpoint.card import model_card
 from colospec.checkpoint.durable import TEMPORARY, publish, restore
@@ -97,13 +97,14 @@ def load_draft(directory: Path, target: Target) -> DraftModel:
     return model
 
 
-def load_weights(draft: nn.Module, directory: Path) -> None:
+def load_weights(draft: DraftModel, directory: Path) -> None:
     """Overwrite the weights, and the vocabulary mapping, of `draft` by those of an export.
 
     Raises ValueError if the file is damaged or its tensors are not those of `draft`.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
-    draft.load_state_dict(read_tensors(directory / WEIGHTS, shapes))
+    state = read_tensors(directory / WEIGHTS, shapes, rename=draft.public.tensor_name)
+    draft.load_state_dict(state)
 
 
 def check_warm_start(config: DraftConfig, directory: Path, target: Target) -> None:
@@ -126,20 +127,24 @@ def check_warm_start(config: DraftConfig, directory: Path, target: Target) -> No
         )
 
 
-def read_tensors(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold just these tensors.
+def read_tensors(
+    file: Path, shapes: dict[str, tuple[int, ...]], *, rename: Callable[[str], str | None] = str
+) -> dict[str, Tensor]:
+    """Read a safetensors file that must hold just these tensors, by their names after `rename`;
+    what that turns into None may be there and is left out.
 
     The header is checked before anything is allocated. Raises ValueError naming the file.
     """
     try:
         with safe_open(file, framework="pt") as weights:
-            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            names = {ours: name for name in weights.keys() if (ours := rename(name))}  # noqa: SIM118
+            slices = {ours: weights.get_slice(name) for ours, name in names.items()}
             kinds = {
                 name: (tuple(part.get_shape()), _DTYPE_NAMES.get(code := part.get_dtype(), code))
                 for name, part in slices.items()
             }
             check_tensors(kinds, shapes, str(file))
-            tensors = {name: weights.get_tensor(name) for name in slices}
+            tensors = {ours: weights.get_tensor(name) for ours, name in names.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
     check_values(tensors, str(file))

@@ -30,8 +30,8 @@ class StepContext:
     """Where in the run a micro-batch stands.
 
     `num_loss_tokens` is the number of True entries in the loss masks of the whole optimizer step,
-    over all trainers and micro-batches; `generator` feeds algorithms that sample (None: the global
-    one).
+    over all trainers and micro-batches; `generator`, on the CPU, feeds algorithms that sample
+    (None: the global one).
     """
 
     step: int
@@ -43,14 +43,17 @@ class StepContext:
 class LossTerms(NamedTuple):
     """What `DraftModel.forward` returns; a NamedTuple, so that FSDP2 finds the tensors in it.
 
-    loss: float32 scalar, the sum over supervised positions divided by `num_loss_tokens`: adding
-    the gradients of all micro-batches and trainers gives the gradient of the whole step.
+    loss: float32 scalar, a sum over supervised positions: adding the gradients of all micro-batches
+    and trainers gives the gradient of the whole step. Where the plan knows the divisor it is in the
+    loss already (`num_loss_tokens`). Else `denominator` is the part of this micro-batch, a detached
+    scalar on the device: the trainer adds up the parts of all and divides the gradients.
     metrics: name -> (sum, count), detached scalars on the features' device, to be added up before
     they are divided.
     """
 
     loss: Tensor
     metrics: dict[str, tuple[Tensor, Tensor]]
+    denominator: Tensor | None = None
 
 
 class DraftModel(nn.Module):
@@ -157,4 +160,23 @@ class ChainDraft(DraftModel):
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Translate draft tokens into target tokens, any shape."""
+        raise NotImplementedError
+
+
+class BlockDraft(DraftModel):
+    """A draft that proposes `block_size` - 1 tokens at once, each from its place alone."""
+
+    block_size: int
+
+    def start(self) -> list[KVCache]:
+        """Return empty caches for one sequence."""
+        raise NotImplementedError
+
+    def read(self, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        """Append the target's aux hidden states [m, A * H] of the next m tokens."""
+        raise NotImplementedError
+
+    def draft(self, token_id: Tensor, caches: list[KVCache]) -> Tensor:
+        """Return logits [block_size - 1, V] for the tokens behind `token_id` [1], which itself is
+        the one behind all that `caches` have read. The caches stay as they are."""
         raise NotImplementedError

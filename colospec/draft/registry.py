@@ -8,10 +8,12 @@ from torch import Tensor
 from colospec.batch import FeatureSpec
 from colospec.config import DraftConfig, Weights
 from colospec.draft.base import DraftModel
+from colospec.draft.dflash import DFlash
 from colospec.draft.eagle3 import Eagle3
 from colospec.target import Target
 
 ALGORITHMS: dict[str, type[DraftModel]] = {
+    "dflash": DFlash,
     "eagle3": Eagle3,
 }
 

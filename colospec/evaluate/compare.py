@@ -147,6 +147,7 @@ def held_out_loss(model: DraftModel, engine: Engine, texts: Sequence[Tensor]) ->
     One text at a time on the CPU; the mean is over tokens.
     """
     total = count = 0.0
+    generator = torch.Generator().manual_seed(0)
     for token_ids in texts:
         mask = torch.ones(len(token_ids), dtype=torch.bool)
         tokens = TokenBatch.pack(Cursor(0, 0, 0), (0,), [token_ids], [mask])
@@ -157,7 +158,9 @@ def held_out_loss(model: DraftModel, engine: Engine, texts: Sequence[Tensor]) ->
         features = Features(views[0], views[1] if len(views) > 1 else None)
         engine.capture(tokens, features)
         with torch.no_grad():
-            context = StepContext(step=0, total_steps=1, num_loss_tokens=len(token_ids))
+            context = StepContext(
+                step=0, total_steps=1, num_loss_tokens=len(token_ids), generator=generator
+            )
             loss, number = model(FeatureBatch(tokens, features), context).metrics["loss"]
         total, count = total + float(loss), count + float(number)
     return total / count

@@ -14,7 +14,7 @@ ACCURACY = "train/acc_"
 
 
 def draw_curves(metrics: Path, image: Path, *, real: dict[str, float] | None = None) -> None:
-    """Draw loss, accuracy per TTT step and simulated acceptance length over optimizer steps.
+    """Draw loss, accuracy by drafted place and simulated acceptance length over optimizer steps.
 
     `metrics` has one JSON object per line, with `step` and metrics by name. `real` names real
     acceptance lengths, which become horizontal lines. Raises ValueError where nothing was logged.
@@ -30,8 +30,8 @@ def draw_curves(metrics: Path, image: Path, *, real: dict[str, float] | None = N
     loss.set_title("loss")
     names = sorted({name for row in rows for name in row if name.startswith(ACCURACY)}, key=_step)
     for name in names:
-        _line(accuracy, rows, name, label=f"step {_step(name)}")
-    accuracy.set_title("accuracy by TTT step")
+        _line(accuracy, rows, name, label=f"token {_step(name) + 1}")
+    accuracy.set_title("accuracy by drafted token")
     _line(length, rows, "train/simulated_acceptance_length", label="simulated (training)")
     for number, (name, value) in enumerate((real or {}).items()):
         length.axhline(value, color=f"C{number + 1}", linestyle="--", label=f"real: {name}")

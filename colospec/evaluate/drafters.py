@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colospec.draft import registry
-from colospec.draft.base import ChainDraft, DraftModel
+from colospec.draft.base import BlockDraft, ChainDraft, DraftModel
 from colospec.draft.layer import KVCache
 from colospec.evaluate.sampling import Sampler
 from colospec.target import Target
@@ -186,9 +186,60 @@ class ChainDrafter:
         return spread
 
 
+class BlockDrafter:
+    """A draft that proposes a block at once, greedy or sampling, with caches of its own.
+
+    Its tokens do not depend on each other: each is drawn from its own distribution.
+    """
+
+    def __init__(self, model: BlockDraft, aux_layer_ids: tuple[int, ...]) -> None:
+        self.aux_layer_ids = aux_layer_ids
+        self._model = model.eval()
+        self._caches = model.start()
+
+    def start(self) -> None:
+        """Forget the last sequence."""
+        self._caches = self._model.start()
+
+    @torch.inference_mode()
+    def propose(
+        self, token_ids: Tensor, aux: Tensor, *, num_tokens: int, sampler: Sampler
+    ) -> Proposal:
+        """Read what is new, and draft one block behind the last token."""
+        self._check(num_tokens)
+        self._model.read(aux, self._caches)
+        assert self._caches[0].length == len(token_ids) - 1
+        logits = self._model.draft(token_ids[-1:], self._caches)[:num_tokens]
+        probabilities = sampler.probabilities(logits)
+        return Proposal(sampler.draw(probabilities), probabilities)
+
+    @torch.inference_mode()
+    def predict(self, token_ids: Tensor, aux: Tensor, *, first: int, num_tokens: int) -> Tensor:
+        """Draft a block behind every token from first - 1 on: nothing is fed in between."""
+        self._check(num_tokens)
+        self.start()
+        predicted, known = [], 0
+        for start in range(first, len(token_ids) - num_tokens + 1):
+            self._model.read(aux[known : start - 1], self._caches)
+            known = start - 1
+            logits = self._model.draft(token_ids[start - 1 : start], self._caches)
+            predicted.append(logits[:num_tokens].argmax(-1))
+        return torch.stack(predicted)
+
+    def _check(self, num_tokens: int) -> None:
+        most = self._model.block_size - 1
+        if num_tokens > most:
+            raise ValueError(
+                f"chain_length={num_tokens} is more than this draft's block proposes; "
+                f"use at most {most}"
+            )
+
+
 def open_drafter(model: DraftModel, target: Target) -> Drafter:
     """Return what decodes with `model`. Raises ValueError for a kind that nothing here decodes."""
     layers = registry.features(model.config, target).aux_layer_ids
     if isinstance(model, ChainDraft):
         return ChainDrafter(model, layers, vocab_size=target.vocab_size)
+    if isinstance(model, BlockDraft):
+        return BlockDrafter(model, layers)
     raise ValueError(f"draft.algorithm={model.config.algorithm} has no decoding here")

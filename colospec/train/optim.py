@@ -63,17 +63,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip_and_step(optimizer: torch.optim.AdamW, max_norm: float) -> Tensor:
+def clip_and_step(
+    optimizer: torch.optim.AdamW, max_norm: float, denominator: Tensor | None = None
+) -> Tensor:
     """Update the parameters with gradients scaled to a global norm of at most `max_norm`.
 
-    Where the norm is NaN or Inf nothing is updated, not even the optimizer's count of steps.
-    Returns the norm before, a float32 scalar on the device, equal on all trainers. Clipping costs
-    no pass of its own: the fused kernel divides the gradients by `grad_scale` as it reads them.
-    The gradients are not to be used afterwards.
+    `denominator`, a float32 scalar on the device, divides the gradients first; 0 stands for a step
+    without a supervised token, whose gradients are zero. Where the norm is NaN or Inf nothing is
+    updated, not even the optimizer's count of steps. Returns the norm before clipping, a float32
+    scalar on the device, equal on all trainers. Scaling costs no pass of its own: the fused kernel
+    divides the gradients by `grad_scale` as it reads them. They are not to be used afterwards.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = gradient_norm(parameters)
-    optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    scale = torch.ones_like(norm)
+    if denominator is not None:
+        scale = torch.where(denominator > 0, denominator, scale)
+        norm = norm / scale
+    scale *= ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = (~torch.isfinite(norm)).to(torch.float32)  # type: ignore[attr-defined]
     optimizer.step()
     # They would be taken for those of the next step, also by who loads a checkpoint.

@@ -133,7 +133,8 @@ class Reporter:
     ) -> dict[str, float]:
         """Name the window's means, add rates, write them; return them (on every rank)."""
         metrics = {f"train/{name}": value for name, value in values.items()}
-        accuracies = [v for k, v in sorted(values.items()) if k.startswith("acc_")]
+        names = sorted((name for name in values if name.startswith("acc_")), key=_place)
+        accuracies = [values[name] for name in names]
         metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(accuracies)
         if self._world.place.role_rank == 0:
             metrics |= self._rates(times, source)
@@ -195,3 +196,8 @@ class Reporter:
         if "memory/reserved_gib" in metrics:
             parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
         return "  ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+
+
+def _place(name: str) -> int:
+    """Return k of acc_k."""
+    return int(name.removeprefix("acc_"))

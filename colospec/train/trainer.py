@@ -61,7 +61,8 @@ class Trainer:
         dtype = compute_dtype(run.trainer.dtype, world.device)
         self.model = shard(self.draft, world_size=place.role_size, dtype=dtype)
         self.optimizer = build_optimizer(self.draft, run.trainer)
-        self.generator = torch.Generator(world.device)
+        # On the CPU, like every index that is drawn with it.
+        self.generator = torch.Generator()
         seed_rng(rank_seed(run.seed, place.role_rank, 0), self.generator)
         # The thread that writes checkpoints needs a group that no training collective uses.
         group = dist.new_group(backend="gloo")
@@ -206,6 +207,7 @@ class Trainer:
             num_loss_tokens=step.num_loss_tokens,
             generator=self.generator,
         )
+        denominator: Tensor | None = None
         batches = list(self.job.micro_batches(step, self.world.place.role_rank))
         times.start(step)
         for index, tokens in enumerate(batches):
@@ -222,9 +224,15 @@ class Trainer:
                 terms.loss.backward()
                 times.mark("backward")
             self._batch_sums.add(terms.metrics)
+            if terms.denominator is not None:
+                part = terms.denominator.to(torch.float32)
+                denominator = part if denominator is None else denominator + part
             del terms, features
         set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, run))
-        self._norms.add(step.step, clip_and_step(self.optimizer, run.max_grad_norm))
+        if denominator is not None:
+            dist.all_reduce(denominator)
+        norm = clip_and_step(self.optimizer, run.max_grad_norm, denominator)
+        self._norms.add(step.step, norm)
         self.optimizer.zero_grad()
         times.mark("optimizer")
 

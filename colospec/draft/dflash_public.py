@@ -1,0 +1,150 @@
+"""The public DFlash format: config.json and the tensors that SGLang loads as `DFlashDraftModel`.
+
+Tensor names are those of the draft module; embedding and head are the target's and not written.
+`dflash_config.target_layer_ids` means outputs of decoder layers from 0, as everywhere in colospec.
+Read are also files whose names begin with `model.`, and those of trainers that call the projection
+`context_proj`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from colospec.config import DFlashConfig, DraftConfig
+from colospec.draft.layers import dflash_layers
+from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
+from colospec.target import Target
+
+_OTHER_NAMES = {"context_proj": "fc", "context_norm": "hidden_norm", "final_norm": "norm"}
+_OF_TARGET = ("embed_tokens.weight", "lm_head.weight")
+_SLIDING = "sliding_attention"
+_SERVE = """\
+SGLang:
+
+    python -m sglang.launch_server --model-path TARGET \\
+        --speculative-algorithm DFLASH --speculative-draft-model-path DRAFT \\
+        --speculative-num-draft-tokens {block_size}
+"""
+
+
+class DFlashFormat(PublicFormat):
+    """SGLang's `DFlashDraftModel`, the layout of the authors."""
+
+    architectures = ("DFlashDraftModel",)
+
+    def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
+        assert isinstance(config, DFlashConfig)
+        hidden, head = target.hidden_size, target.head_dim
+        mlp = config.intermediate_size or target.intermediate_size
+        query, key = target.num_attention_heads * head, target.num_key_value_heads * head
+        layer: Shapes = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (query, hidden),
+            "self_attn.k_proj.weight": (key, hidden),
+            "self_attn.v_proj.weight": (key, hidden),
+            "self_attn.o_proj.weight": (hidden, query),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "mlp.gate_proj.weight": (mlp, hidden),
+            "mlp.up_proj.weight": (mlp, hidden),
+            "mlp.down_proj.weight": (hidden, mlp),
+        }
+        num_aux = len(dflash_layers(config, target))
+        return {
+            "fc.weight": (hidden, num_aux * hidden),
+            "hidden_norm.weight": (hidden,),
+            "norm.weight": (hidden,),
+        } | {f"layers.{i}.{name}": s for i in range(config.num_layers) for name, s in layer.items()}
+
+    def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        assert isinstance(config, DFlashConfig)
+        layers = range(config.num_layers)
+        return {
+            "model_type": "qwen3",
+            **layer_fields(target, config.intermediate_size),
+            "num_hidden_layers": config.num_layers,
+            "num_target_layers": target.num_layers,
+            "tie_word_embeddings": False,
+            "block_size": config.block_size,
+            "layer_types": [
+                _SLIDING if layer in config.sliding_layers else "full_attention" for layer in layers
+            ],
+            "use_sliding_window": bool(config.sliding_layers),
+            "sliding_window": config.sliding_window,
+            "max_window_layers": config.num_layers,
+            "dflash_config": {
+                "block_size": config.block_size,
+                "mask_token_id": mask_token_id(config, target),
+                "target_layer_ids": list(dflash_layers(config, target)),
+                "num_target_layers": target.num_layers,
+            },
+            "colospec": {"num_anchors": config.num_anchors},
+        }
+
+    def read_config(self, contents: dict[str, Any]) -> DFlashConfig:
+        inner = contents.get("dflash_config") or {}
+        if kind := inner.get("projector_type"):
+            raise ValueError(f"projector_type={kind} is a variant of DFlash that is not known here")
+        layers = inner.get("target_layer_ids", contents.get("target_layer_ids"))
+        mask = inner.get("mask_token_id", contents.get("mask_token_id"))
+        size = inner.get("block_size") or contents.get("block_size")
+        if layers is None or mask is None or size is None:
+            raise ValueError("target_layer_ids, mask_token_id or block_size is missing")
+        types = contents.get("layer_types") or []
+        sliding = [layer for layer, kind in enumerate(types) if kind == _SLIDING]
+        return DFlashConfig(
+            aux_layer_ids=list(layers),
+            num_layers=contents["num_hidden_layers"],
+            block_size=size,
+            mask_token_id=mask,
+            intermediate_size=contents.get("intermediate_size"),
+            sliding_window=contents.get("sliding_window") if sliding else None,
+            sliding_layers=sliding,
+        )
+
+    def target_facts(self, target: Target) -> dict[str, Any]:
+        return layer_facts(target) | {"num_target_layers": target.num_layers}
+
+    def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
+        assert isinstance(config, DFlashConfig)
+        return {
+            "aux_layer_ids": dflash_layers(config, target),
+            "mask_token_id": mask_token_id(config, target),
+            "sliding_layers": config.sliding_layers,
+            "sliding_window": config.sliding_window,
+        }
+
+    def tensor_name(self, name: str) -> str | None:
+        name = name.removeprefix("model.")
+        if name in _OF_TARGET:
+            return None
+        first, dot, rest = name.partition(".")
+        return _OTHER_NAMES.get(first, first) + dot + rest
+
+    def card(self, contents: dict[str, Any]) -> CardText:
+        inner = contents["dflash_config"]
+        rows = {
+            "layers": str(contents["num_hidden_layers"]),
+            "block": f"{contents['block_size']} tokens, the first one given",
+            "mask token": str(inner["mask_token_id"]),
+            "aux layers of the target": ", ".join(map(str, inner["target_layer_ids"])),
+        }
+        serve = _SERVE.format(block_size=contents["block_size"])
+        return CardText("DFlash", "dflash", rows, serve)
+
+
+def mask_token_id(config: DFlashConfig, target: Target) -> int:
+    """Return the token that stands for one to be drafted; the default is the last row of the
+    target's embedding, which most targets leave unused.
+
+    Raises ValueError for one that the embedding does not have.
+    """
+    if config.mask_token_id is None:
+        return target.vocab_size - 1
+    if config.mask_token_id >= target.vocab_size:
+        raise ValueError(
+            f"draft.mask_token_id={config.mask_token_id} is not in the target's embedding of "
+            f"{target.vocab_size} tokens; null takes the last one"
+        )
+    return config.mask_token_id
