@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from colospec import config
-from colospec.config import Eagle3Config, Mode
+from colospec.config import DFlashConfig, Eagle3Config, Mode
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,8 @@ def test_every_combination_of_groups_composes(mode, draft, engine, tracker):
     run = load(f"+mode={mode}", f"draft={draft}", f"engine={engine}", f"tracker={tracker}")
     assert run.mode is Mode[mode]
     assert run.engine.name == engine
-    assert isinstance(run.draft, Eagle3Config)
+    assert run.draft.algorithm == draft
+    assert isinstance(run.draft, {"dflash": DFlashConfig, "eagle3": Eagle3Config}[draft])
 
 
 @pytest.mark.parametrize("group", ["target", "mps", "data", "trainer"])
@@ -80,6 +81,10 @@ def test_missing_mode_lists_the_modes():
         (["launch.nodes=2", "launch.rdzv_endpoint=a:1"], "run_dir"),
         (["launch.gpus=many"], "auto or a number"),
         (["draft.aux_layer_ids=[1,1]"], "distinct"),
+        (["draft=dflash", "draft.block_size=1"], "draft.block_size=1 must be at least 2"),
+        (["draft=dflash", "draft.sliding_layers=[5]"], "layers of the draft, 0 to 4"),
+        (["draft=dflash", "draft.sliding_window=9"], "need each other"),
+        (["draft=dflash", "draft.dpace_alpha=2"], r"in \[0, 1\]"),
         (["draft.ttt_length=0"], "draft.ttt_length=0 must be at least 1"),
         (["trainer.accumulation=0"], "trainer.accumulation=0 must be at least 1"),
         (["trainer.warmup_fraction=2"], r"in \[0, 1\]"),

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from colospec import config
-from colospec.config import Eagle3Config, Mode, RunConfig
+from colospec.config import DFlashConfig, Eagle3Config, Mode, RunConfig
 from colospec.data.pack import Plan
 
 
-def integers(node=None, prefix=""):
+def integers(node, prefix=""):
     """The dotted names of all integer settings."""
-    node = RunConfig(mode=Mode.colocate, draft=Eagle3Config()) if node is None else node
     hints = typing.get_type_hints(type(node))
     for item in dataclasses.fields(node):
         value, kind = getattr(node, item.name), hints[item.name]
@@ -24,8 +23,12 @@ def integers(node=None, prefix=""):
             yield f"{prefix}{item.name}"
 
 
-def changed(name, value):
-    run = RunConfig(mode=Mode.colocate, draft=Eagle3Config())
+def run_of(draft):
+    return RunConfig(mode=Mode.colocate, draft=draft)
+
+
+def changed(name, value, draft=Eagle3Config):
+    run = run_of(draft())
     *groups, last = name.split(".")
     node = run
     for group in groups:
@@ -35,10 +38,14 @@ def changed(name, value):
     return run
 
 
-@pytest.mark.parametrize("name", sorted(set(integers()) - {"seed"}))
-def test_negative_numbers_are_refused_by_name(name):
+@pytest.mark.parametrize(
+    ("draft", "name"),
+    [(draft, name) for draft in (Eagle3Config, DFlashConfig)
+     for name in sorted(set(integers(run_of(draft()))) - {"seed"})],
+)  # fmt: skip
+def test_negative_numbers_are_refused_by_name(draft, name):
     with pytest.raises(ValueError, match=rf"{name}=-1\b"):
-        config.check(changed(name, -1))
+        config.check(changed(name, -1, draft))
 
 
 @pytest.mark.parametrize(

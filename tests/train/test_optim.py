@@ -190,3 +190,26 @@ def test_bad_steps_that_are_not_in_a_row_are_no_error():
 def test_norms_do_not_pile_up_on_the_device():
     with pytest.raises(RuntimeError, match="steps 0 to 2"):
         norms([math.nan] * MAX_UNREAD)
+
+
+def test_a_denominator_divides_the_gradients_before_they_are_clipped():
+    torch.manual_seed(random.randrange(2**31))
+    plain = nn.Linear(5, 3)
+    divided = copy.deepcopy(plain)
+    optimizers = [build_optimizer(model, TrainerConfig()) for model in (plain, divided)]
+    for max_norm in (0.01, 1e6):
+        grads = [torch.randn_like(p) for p in plain.parameters()]
+        for p, q, grad in zip(plain.parameters(), divided.parameters(), grads, strict=True):
+            p.grad, q.grad = grad.clone(), grad * 7.5
+        expected = clip_and_step(optimizers[0], max_norm)
+        norm = clip_and_step(optimizers[1], max_norm, torch.tensor(7.5))
+        torch.testing.assert_close(norm, expected)
+    for p, q in zip(plain.parameters(), divided.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_step_without_a_supervised_token_has_a_finite_norm():
+    model = nn.Linear(2, 2)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    assert clip_and_step(build_optimizer(model, TrainerConfig()), 1.0, torch.tensor(0.0)) == 0
