@@ -2,8 +2,9 @@
 
 Tensor names are those of the draft module; embedding and head are the target's and not written.
 `dflash_config.target_layer_ids` means outputs of decoder layers from 0, as everywhere in colospec.
-Read are also files whose names begin with `model.`, and those of trainers that call the projection
-`context_proj`.
+Read are also files whose names begin with `model.`, those of trainers that call the projection
+`context_proj`, and those of speculators, which nest the layers' settings and count the target's
+layers by their inputs, one more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, l
 from colospec.target import Target
 
 _OTHER_NAMES = {"context_proj": "fc", "context_norm": "hidden_norm", "final_norm": "norm"}
-_OF_TARGET = ("embed_tokens.weight", "lm_head.weight")
+_OF_TARGET = (
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "verifier_lm_head.weight",
+    "verifier_norm.weight",
+)
 _SLIDING = "sliding_attention"
 _SERVE = """\
 SGLang:
@@ -30,7 +36,7 @@ SGLang:
 class DFlashFormat(PublicFormat):
     """SGLang's `DFlashDraftModel`, the layout of the authors."""
 
-    architectures = ("DFlashDraftModel",)
+    architectures = ("DFlashDraftModel", "DFlashSpeculator")
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, DFlashConfig)
@@ -83,6 +89,7 @@ class DFlashFormat(PublicFormat):
         }
 
     def read_config(self, contents: dict[str, Any]) -> DFlashConfig:
+        contents = self.facts(contents)
         inner = contents.get("dflash_config") or {}
         if kind := inner.get("projector_type"):
             raise ValueError(f"projector_type={kind} is a variant of DFlash that is not known here")
@@ -102,6 +109,11 @@ class DFlashFormat(PublicFormat):
             sliding_window=contents.get("sliding_window") if sliding else None,
             sliding_layers=sliding,
         )
+
+    def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
+        if contents["architectures"][0] != "DFlashSpeculator":
+            return contents
+        return _flat(contents)
 
     def target_facts(self, target: Target) -> dict[str, Any]:
         return layer_facts(target) | {"num_target_layers": target.num_layers}
@@ -148,3 +160,29 @@ def mask_token_id(config: DFlashConfig, target: Target) -> int:
             f"{target.vocab_size} tokens; null takes the last one"
         )
     return config.mask_token_id
+
+
+def _flat(contents: dict[str, Any]) -> dict[str, Any]:
+    """Turn a config.json of speculators into the authors' form.
+
+    Raises ValueError for options that change what the draft computes.
+    """
+    layer = dict(contents["transformer_layer_config"])
+    size = contents.get("draft_vocab_size")
+    if size is not None and size != layer.get("vocab_size"):
+        raise ValueError(
+            f"draft_vocab_size={size}: a DFlash draft has the target's vocabulary here"
+        )
+    if contents.get("sample_from_anchor"):
+        raise ValueError("sample_from_anchor=true is a variant of DFlash that is not known here")
+    sliding = _SLIDING in (layer.get("layer_types") or [])
+    if sliding and contents.get("sliding_window_non_causal", True):
+        raise ValueError("sliding_window_non_causal=true: sliding layers are causal here")
+    flat = layer | {
+        "architectures": contents["architectures"],
+        "block_size": contents["block_size"],
+        "mask_token_id": contents["mask_token_id"],
+        "target_layer_ids": [layer_id - 1 for layer_id in contents["aux_hidden_state_layer_ids"]],
+    }
+    rope = layer.get("rope_parameters") or {}
+    return {"rope_theta": rope["rope_theta"], **flat} if "rope_theta" in rope else flat

@@ -179,6 +179,60 @@ def test_a_config_in_the_plain_form_is_understood(target, tmp_path):
     assert loaded.config.aux_layer_ids == inner["target_layer_ids"]
 
 
+def as_speculators(directory, **changes):
+    """Rewrite an export as speculators lays it out."""
+    file = directory / "config.json"
+    contents = json.loads(file.read_text())
+    inner = contents.pop("dflash_config")
+    for key in ("colospec", "num_target_layers", "architectures", "block_size", "rope_theta"):
+        contents.pop(key)
+    theirs = {
+        "architectures": ["DFlashSpeculator"],
+        "speculators_model_type": "dflash",
+        "transformer_layer_config": contents,
+        "draft_vocab_size": V,
+        "block_size": inner["block_size"],
+        "mask_token_id": inner["mask_token_id"],
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in inner["target_layer_ids"]],
+        "sliding_window_non_causal": False,
+    }
+    file.write_text(json.dumps(theirs | changes))
+    rename(directory, str, {"verifier_lm_head.weight": torch.ones(V, H)})
+
+
+def test_a_draft_of_speculators_is_understood(target, tmp_path):
+    config, draft = make_draft(target, sliding_layers=[0], sliding_window=6, mask_token_id=4)
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    as_speculators(tmp_path / "out")
+
+    loaded = load_draft(tmp_path / "out", target)
+
+    check_warm_start(config, tmp_path / "out", target)
+    assert loaded.config.block_size == 5
+    assert draft.public.inputs(loaded.config, target) == draft.public.inputs(config, target)
+    for name, tensor in draft.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"draft_vocab_size": 9}, "draft_vocab_size=9"),
+        ({"sample_from_anchor": True}, "sample_from_anchor"),
+        ({"sliding_window_non_causal": True}, "sliding_window_non_causal"),
+        ({"transformer_layer_config": {"hidden_size": 99}}, "vocabulary|num_hidden_layers"),
+    ],
+)
+def test_options_of_speculators_that_compute_something_else_are_refused(
+    target, tmp_path, changes, complaint
+):
+    config, draft = make_draft(target, sliding_layers=[0], sliding_window=6)
+    export(draft, config, target, tmp_path / "out")
+    as_speculators(tmp_path / "out", **changes)
+    with pytest.raises(ValueError, match=complaint):
+        load_draft(tmp_path / "out", target)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
