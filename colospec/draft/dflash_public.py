@@ -111,9 +111,11 @@ class DFlashFormat(PublicFormat):
         )
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        if contents["architectures"][0] != "DFlashSpeculator":
-            return contents
-        return _flat(contents)
+        if contents["architectures"][0] == "DFlashSpeculator":
+            return _flat(contents)
+        # Some trainers give the number of aux layers by the name that is the target's depth.
+        depth = contents.get("target_num_hidden_layers", contents.get("num_target_layers"))
+        return contents | ({} if depth is None else {"num_target_layers": depth})
 
     def target_facts(self, target: Target) -> dict[str, Any]:
         return layer_facts(target) | {"num_target_layers": target.num_layers}

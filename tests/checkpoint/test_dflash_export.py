@@ -173,6 +173,7 @@ def test_a_config_in_the_plain_form_is_understood(target, tmp_path):
     contents = json.loads(file.read_text())
     inner = contents.pop("dflash_config")
     del contents["colospec"], contents["layer_types"]
+    inner |= {"num_target_layers": 5, "target_num_hidden_layers": LAYERS}
     file.write_text(json.dumps(contents | inner))
     loaded = load_draft(tmp_path / "out", target)
     assert loaded.config.mask_token_id == 4
