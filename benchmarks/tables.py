@@ -109,8 +109,8 @@ def colocate_table(results: Path) -> str | None:
         "\nSamples of 2048 tokens per second, Qwen3-8B (random weights) with Eagle3, 32,000 draft "
         "tokens, 7 steps of training-time test, every position supervised; medians of interleaved "
         f"windows; {first['machine']['gpu']}, SGLang {first['versions']['sglang']}, torch "
-        f"{first['versions']['torch']}, commit {first['commit']}. Sum of shares: both x (1 / engine "
-        "+ 1 / trainer); MFU counts useful operations against 989 TFLOP/s."
+        f"{first['versions']['torch']}, commit {first['commit']}. Sum of shares: both x (1 / engine"
+        " + 1 / trainer); MFU counts useful operations against 989 TFLOP/s."
     )
     return "\n".join(lines) + "\n" + note
 
