@@ -133,7 +133,8 @@ class Reporter:
     ) -> dict[str, float]:
         """Name the window's means, add rates, write them; return them (on every rank)."""
         metrics = {f"train/{name}": value for name, value in values.items()}
-        accuracies = [v for k, v in sorted(values.items()) if k.startswith("acc_")]
+        steps = sum(name.startswith("acc_") for name in values)
+        accuracies = [values[f"acc_{step}"] for step in range(steps)]
         metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(accuracies)
         if self._world.place.role_rank == 0:
             metrics |= self._rates(times, source)
