@@ -199,9 +199,9 @@ class Reader:
 
     `lease` "view" hands out tensors that lie in the slot; "copy" clones them and frees the slot at
     once. Several leases may be held, and released in any order (on a GPU all in one stream); the
-    engine gets slots back in theirs. `poison` fills released slots with NaN, to find readers of released leases. Raises as
-    `Writer` does, and PeerDied if the engine is gone already. Slots in pinned host memory are
-    always copied out: reading them again and again over PCIe would be slower.
+    engine gets slots back in theirs. `poison` fills released slots with NaN, to find readers of
+    released leases. Slots in pinned host memory are always copied out: reading them again and again
+    over PCIe would be slower. Raises as `Writer` does, and PeerDied if the engine is gone already.
     """
 
     def __init__(

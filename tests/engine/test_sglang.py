@@ -477,7 +477,7 @@ def test_refused_arguments_give_the_reason(key: str, reason: str) -> None:
 
 def test_missing_sglang_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_install.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(RuntimeError, match=r"pip install .*constraints/sglang.*engine=hf"):
+    with pytest.raises(RuntimeError, match=r"make install-gpu.*engine=hf"):
         sglang_install.check_installation()
 
 
