@@ -6,15 +6,20 @@ STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 draft ?= eagle3
 sglang ?= 0.5.17
+# On a machine with a GPU: the set that SGLang's kernels are built for.
+gpu ?= $(wildcard /dev/nvidiactl)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-gpu install-offline patch-sglang doctor format lint types test test-gpu soak demo train sweep bench bench-gpu plots clean
+.PHONY: help install install-cpu install-gpu install-offline patch-sglang doctor format lint types test test-gpu soak demo train sweep bench bench-gpu plots clean
 
 help:  ## Show this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
 
-install: $(STAMP)  ## Make .venv with the tested versions and build the extension
-$(STAMP): pyproject.toml constraints.txt constraints/sglang-cpu.txt $(wildcard colospec/csrc/*)
+install: $(STAMP)  ## Make .venv with the tested versions, for the GPU if there is one
+$(STAMP): pyproject.toml constraints.txt $(wildcard constraints/*) $(wildcard colospec/csrc/*)
+	@$(MAKE) --no-print-directory install-$(if $(gpu),gpu,cpu)
+
+install-cpu:  ## The same for a CPU, whatever the machine has
 	@echo "install: building $(VENV) (about two minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --constraint constraints.txt torch setuptools
@@ -22,10 +27,11 @@ $(STAMP): pyproject.toml constraints.txt constraints/sglang-cpu.txt $(wildcard c
 	@$(INSTALL) --no-deps --requirement constraints/sglang-cpu.txt
 	@touch $(STAMP)
 
-install-gpu:  ## Make .venv for CUDA GPUs, with SGLang (sglang=0.5.16 for that version)
+install-gpu:  ## The same for CUDA GPUs, with SGLang (sglang=0.5.16 for that version)
+	@echo "install: building $(VENV) for CUDA GPUs (several GB the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(INSTALL) --constraint constraints/sglang-$(sglang).txt torch setuptools
-	@$(INSTALL) --constraint constraints/sglang-$(sglang).txt --no-build-isolation -e '.[test]'
+	@$(INSTALL) --constraint constraints/sglang-$(sglang).txt --no-build-isolation -e '.[test,dev]'
 	@$(INSTALL) --no-deps --requirement constraints/sglang-$(sglang).txt
 	@touch $(STAMP)
 
@@ -76,7 +82,7 @@ bench: $(STAMP)  ## Measure this machine, its GPUs too; results go to benchmarks
 	@if [ -e /dev/nvidia0 ]; then $(MAKE) --no-print-directory bench-gpu; fi
 
 bench-gpu: $(STAMP)  ## The GPU part of bench: ring, step, engine and trainer alone and together
-	$(BIN)/python benchmarks/bench_ring_gpu.py
+	eval "$$($(BIN)/python -m colospec.mps start --owner $$$$)" && $(BIN)/python benchmarks/bench_ring_gpu.py
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps require
 	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps off

@@ -32,7 +32,7 @@ from typing import Any
 
 import flops
 import numpy as np
-from bench_ring import commit, machine
+from bench_ring import RESULTS, commit, machine
 from colocate_rank import settings
 from workloads import CELLS, TINY_TARGET, write_dataset
 
@@ -178,7 +178,6 @@ def summarise(run: RunConfig, ranks: list[Any], lengths: np.ndarray, gpus: int) 
         else None,
         "tflops_per_gpu": tflops,
         "mfu": {kind: value / peak for kind, value in tflops.items()} if peak else None,
-        "share_of_790_tflops": {kind: value / 790 for kind, value in tflops.items()},
         "gpu_hours_per_40000_samples": SAMPLES_OF_THE_ORIGINAL / median["both"] * gpus / 3600,
         "work_per_sample": work,
         "samples_per_step": per_step,
@@ -294,10 +293,14 @@ def main() -> None:
         "figures": figures,
     }
     show(record)
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {arguments.out}")
+    mps = "off" if arguments.mps == "off" else "mps"
+    out = arguments.out
+    if out is None and not arguments.tiny:
+        out = RESULTS / f"colocate-{arguments.cell}-{arguments.gpus}-{mps}.json"
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -222,15 +222,17 @@ def path(name: str) -> Iterator[None]:
 
 
 def seconds(run: Callable[[], None], device: torch.device, repeats: int) -> float:
-    """Median time of `run` after two warm-up calls; the device is waited for around each."""
+    """Time of `run`, `repeats` of them at once as in training, after two to warm up: the median of
+    three such series. The device is waited for around a series and never inside."""
     times = []
-    for _ in range(2 + repeats):
+    for count in (2, repeats, repeats, repeats):
         synchronize(device)
         start = time.perf_counter()
-        run()
+        for _ in range(count):
+            run()
         synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times[1:])
 
 
 def synchronize(device: torch.device) -> None:
@@ -320,6 +322,7 @@ def print_row(row: dict[str, Any], flops: dict[str, float]) -> None:
 
 def main() -> None:
     """Measure both paths, print the tables, write the JSON."""
+    torch.set_num_threads(1)  # as under torchrun
     host = machine()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")

@@ -57,15 +57,40 @@ def ring_table(results: Path) -> str:
     return "\n".join(lines) + "\n" + note
 
 
+def ring_gpu_table(results: Path) -> str | None:
+    """The ring in GPU memory beside other transports, at one size."""
+    files = sorted(results.glob("ring-*-mps.json"))
+    if not files:
+        return None
+    result = json.loads(files[0].read_text())
+    lines = [
+        "| transport, 160 MiB | host time, us | stream time, us | wait for room, us "
+        "| one-way latency, us | GB/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["size_mib"] == 160:
+            keys = ("host_us", "stall_us", "acquire_us", "latency_us")
+            cells = [f"{row[key]:,.1f}" if key in row else "-" for key in keys]
+            cells.append(f"{row['gb_per_s']:,.0f}")
+            lines.append(f"| {row['transport']} | {' | '.join(cells)} |")
+    note = (
+        f"\n`make bench-gpu`, two processes on one {result['machine']['gpu']} under MPS, commit "
+        f"{result['commit']}: host and stream time of handing over one payload, beyond writing it "
+        "into private memory; `copy` is a device-to-device copy in one process."
+    )
+    return "\n".join(lines) + "\n" + note
+
+
 def colocate_table(results: Path) -> str | None:
     """Engine alone, trainer alone and both, by GPUs and with or without MPS."""
     found = _colocated(results, "qwen3_8b")
     if not found:
         return None
     lines = [
-        "| GPUs | MPS | engine alone | trainer alone | both | sum of shares | MFU | tokens/s "
-        "| GiB used | first step, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| GPUs | share by | engine alone | trainer alone | both | sum of shares | MFU | tokens/s "
+        "| GiB used | first step, s | windows |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in found:
         figures = one["figures"]
@@ -76,14 +101,16 @@ def colocate_table(results: Path) -> str | None:
             f"| {rates['both']:.2f} | {figures['sum_of_shares']:.3f} "
             f"| {format(mfu['both'], '.1%') if mfu else '-'} "
             f"| {figures['tokens_per_s']['both']:,.0f} "
-            f"| {max(figures['memory_gib']['device_used']):.1f} | {figures['first_step_s']:.0f} |"
+            f"| {max(figures['memory_gib']['device_used']):.1f} | {figures['first_step_s']:.0f} "
+            f"| {one['windows']} x {one['seconds']:g} s |"
         )
     first = found[0]
     note = (
-        f"\nSamples of 2048 tokens per second, Qwen3-8B with Eagle3; the median of "
-        f"{first['windows']} interleaved windows of {first['seconds']:g} s; "
-        f"{first['machine']['gpu']}, SGLang {first['versions']['sglang']}, torch "
-        f"{first['versions']['torch']}, commit {first['commit']}."
+        "\nSamples of 2048 tokens per second, Qwen3-8B (random weights) with Eagle3, 32,000 draft "
+        "tokens, 7 steps of training-time test, every position supervised; medians of interleaved "
+        f"windows; {first['machine']['gpu']}, SGLang {first['versions']['sglang']}, torch "
+        f"{first['versions']['torch']}, commit {first['commit']}. Sum of shares: both x (1 / engine"
+        " + 1 / trainer); MFU counts useful operations against 989 TFLOP/s."
     )
     return "\n".join(lines) + "\n" + note
 
@@ -94,8 +121,9 @@ def split_table(results: Path) -> str | None:
     if not found:
         return None
     parts = ("engine", "transport", "wait", "forward", "backward", "optimizer")
+    heads = (f"{'publish (host)' if part == 'transport' else part}, ms" for part in parts)
     lines = [
-        "| GPUs | MPS | roles | " + " | ".join(f"{part}, ms" for part in parts) + " |",
+        f"| GPUs | share by | roles | {' | '.join(heads)} |",
         "|---" * (3 + len(parts)) + "|",
     ]
     for one in found:
@@ -112,19 +140,23 @@ def original_table(results: Path) -> str | None:
     if not found:
         return None
     lines = [
-        "| GPUs | MPS | samples per step | samples/s | GPU-hours per 40,000 samples |",
-        "|---|---|---|---|---|",
+        "| GPUs | share by | samples per step | samples/s | GPU-hours per 40,000 samples "
+        "| windows |",
+        "|---|---|---|---|---|---|",
     ]
     for one in found:
         figures = one["figures"]
         lines.append(
             f"| {one['gpus']} | {_mps(one)} | {figures['samples_per_step']:.1f} "
             f"| {figures['samples_per_s']['both']:.2f} "
-            f"| {figures['gpu_hours_per_40000_samples']:.2f} |"
+            f"| {figures['gpu_hours_per_40000_samples']:.2f} "
+            f"| {one['windows']} x {one['seconds']:g} s |"
         )
     note = (
         "\nQwen3-8B with Eagle3 over the whole vocabulary, lengths with a mean of 850 tokens. The "
-        "original colocated system took 1.68 GPU-hours on two H100s (13.25 samples/s)."
+        "original colocated system took 1.68 GPU-hours on two H100s (13.25 samples/s) for a whole "
+        "run; ours: H200s, random weights, every position supervised, training alone, without "
+        "start and export."
     )
     return "\n".join(lines) + "\n" + note
 
@@ -145,6 +177,7 @@ def _mps(record: dict) -> str:
 TABLES: dict[str, Callable[[Path], str | None]] = {
     "demo": demo_table,
     "ring": ring_table,
+    "ring_gpu": ring_gpu_table,
     "colocate": colocate_table,
     "split": split_table,
     "original": original_table,

@@ -43,7 +43,9 @@ def _drawn(rng: np.random.Generator) -> np.ndarray:
 
 def _original(batch: int) -> Callable[[int], list[str]]:
     def overrides(num_gpus: int) -> list[str]:
-        each = max(batch // num_gpus, 1)
+        if batch % num_gpus:
+            raise ValueError(f"{batch} samples per step do not divide over {num_gpus} GPUs")
+        each = batch // num_gpus
         return [
             "target=qwen3_8b", "draft.draft_vocab_size=null", "data.max_length=2048",
             f"data.token_budget={2048 * each}", f"data.max_sequences={each}",

@@ -460,6 +460,11 @@ def check(run: RunConfig) -> None:
             f"launch.nodes={run.launch.nodes} needs launch.rdzv_endpoint=HOST:PORT, "
             "an address of the first node"
         )
+    if run.launch.nodes > 1 and run.launch.max_restarts:
+        raise ValueError(
+            f"launch.max_restarts={run.launch.max_restarts} works on one node; with launch.nodes="
+            f"{run.launch.nodes} set launch.max_restarts=0 and start the same command again"
+        )
     if run.launch.nodes > 1 and not run.run_dir:
         raise ValueError(
             f"launch.nodes={run.launch.nodes} needs run_dir=PATH on a file system "

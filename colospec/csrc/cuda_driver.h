@@ -16,7 +16,6 @@ typedef struct {
 
 /* X(name in our table, symbol of libcuda, parameters); every function returns a CUresult. */
 #define CUDA_DRIVER_FUNCTIONS(X)                                                                   \
-    X(init, cuInit, (unsigned flags))                                                              \
     X(get_error_string, cuGetErrorString, (int result, const char **text))                         \
     X(get_current_device, cuCtxGetDevice, (cu_device * device))                                    \
     X(get_device_attribute, cuDeviceGetAttribute, (int *value, int attribute, cu_device device))   \

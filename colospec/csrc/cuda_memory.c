@@ -24,7 +24,9 @@ PyObject *raise_cuda_error(const char *what, int result) {
         const char *missing = load_cuda_driver();                                                  \
         if (missing != NULL)                                                                       \
             return PyErr_Format(PyExc_RuntimeError, "%s", missing);                                \
+        PyThreadState *thread = PyEval_SaveThread(); /* it may wait for the device */              \
         int result = cuda_driver.name(__VA_ARGS__);                                                \
+        PyEval_RestoreThread(thread);                                                              \
         if (result != 0)                                                                           \
             return raise_cuda_error(#name, result);                                                \
     } while (0)
@@ -92,8 +94,11 @@ static PyObject *host_register(PyObject *Py_UNUSED(module), PyObject *memory) {
     size_t nbytes = ((size_t)view.len + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     PyBuffer_Release(&view);
     CALL(register_host, start, nbytes, PORTABLE_AND_MAPPED);
-    CALL(get_host_pointer, &pointer, start, 0);
-    return PyLong_FromUnsignedLongLong(pointer);
+    int result = cuda_driver.get_host_pointer(&pointer, start, 0);
+    if (result == 0)
+        return PyLong_FromUnsignedLongLong(pointer);
+    cuda_driver.unregister_host(start);
+    return raise_cuda_error("get_host_pointer", result);
 }
 
 static PyObject *host_unregister(PyObject *Py_UNUSED(module), PyObject *memory) {

@@ -150,8 +150,10 @@ static PyObject *publish(PyObject *object, PyObject *args) {
     if (!end->is_writer || end->has_left || length != RING_NOTE_BYTES ||
         end->published - end->released >= end->geometry.num_slots)
         return PyErr_Format(PyExc_ValueError, "no free slot for a note of %zd bytes", length);
+    PyThreadState *thread = PyEval_SaveThread(); /* a full stream makes its callers wait */
     enum ring_status status =
         ring_publish(end, note, store.ring->counter ? store_from_stream : NULL, &store);
+    PyEval_RestoreThread(thread);
     ring_set_phase(end, RING_WORKING);
     return status_of(status, &store);
 }
@@ -165,8 +167,10 @@ static PyObject *release(PyObject *object, PyObject *args) {
         return NULL;
     if (end->is_writer || end->has_left || count > end->taken - end->released)
         return PyErr_Format(PyExc_ValueError, "%llu slots to release, not so many taken", count);
+    PyThreadState *thread = PyEval_SaveThread();
     enum ring_status status =
         ring_advance(end, count, store.ring->counter ? store_from_stream : NULL, &store);
+    PyEval_RestoreThread(thread);
     if (end->taken == end->released)
         ring_set_phase(end, RING_WORKING);
     return status_of(status, &store);

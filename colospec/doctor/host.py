@@ -15,9 +15,9 @@ from pathlib import Path
 
 from colospec.doctor.check import Line, fail, note, ok
 from colospec.doctor.gpu import has_gpu
+from colospec.engine.sglang_install import check_installation
 
 GIB = 2**30
-PATCH = Path(__file__).parent.parent.parent / "third_party" / "sglang_patch" / "apply.py"
 _OPEN_FILES = 16384
 _MIN_SHM = GIB
 _MIN_DISK, _ENOUGH_DISK = 2 * GIB, 20 * GIB
@@ -37,7 +37,9 @@ def versions() -> Line:
         return fail(f"{text}; python 3.11 or 3.12 is needed", "make install PYTHON=python3.12")
     if has_gpu() and importlib.util.find_spec("sglang") is None:
         return note(f"{text}; without sglang the target runs through transformers (engine=hf), "
-                    "which is slower", "pip install 'colospec[sglang]'")  # fmt: skip
+                    "which is slower", "make install-gpu")  # fmt: skip
+    if has_gpu() and importlib.util.find_spec("sgl_kernel") is None:
+        return fail(f"{text}; sglang is here without its kernels", "make install-gpu, or engine=hf")
     return ok(text)
 
 
@@ -53,17 +55,13 @@ def extension() -> Line:
 
 
 def sglang_patch() -> Line:
-    """The installed SGLang has our patch."""
+    """The installed SGLang is one that the engine knows: as released, or exactly patched."""
     if importlib.util.find_spec("sglang") is None:
-        return ok("sglang's patch: sglang is not installed")
-    if not PATCH.is_file():
-        return note(f"sglang's patch: unknown, there is no {PATCH}", "run from a clone")
-    words = [sys.executable, str(PATCH), "check"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=50, check=False)
-    said = " ".join((done.stdout + done.stderr).split())
-    if done.returncode:
-        return fail(f"sglang's patch: {said}", f"python {PATCH} apply")
-    return ok(f"sglang's patch: {said}")
+        return ok("sglang: not installed")
+    try:
+        return ok(f"sglang: {check_installation()}, as released or as patched by us")
+    except RuntimeError as error:
+        return fail(f"sglang: {error}", "see third_party/sglang_patch/README.md, or engine=hf")
 
 
 def processes() -> Line:

@@ -87,7 +87,10 @@ def probe(settings: EngineSettings) -> TokenBatch:
     generator = torch.Generator().manual_seed(0)
     documents: list[Tensor] = []
     left = settings.max_tokens
-    for length in PROBE_LENGTHS[: settings.max_sequences]:
+    # The first document reaches past a sliding window, if there is one.
+    window = settings.target.hf_config.get("sliding_window") or 0
+    first, *others = PROBE_LENGTHS
+    for length in (max(first, window and window + 64), *others)[: settings.max_sequences]:
         length = min(length, left, longest_document(settings))
         if length:
             vocab_size = settings.target.vocab_size

@@ -42,7 +42,7 @@ FILES: dict[str, dict[str, tuple[str, str]]] = {
         ),
     },
 }
-INSTALL = "pip install 'colospec[sglang]' or pip install --no-deps -r constraints/sglang-0.5.17.txt"
+INSTALL = "make install-gpu in a clone, or pip install sglang==0.5.17"
 APPLY = "python third_party/sglang_patch/apply.py apply"
 
 

@@ -21,12 +21,23 @@ from torch import nn
 
 from colospec.config import Weights
 from colospec.engine.base import EngineSettings
-from colospec.engine.sglang_args import forward_rows, server_args
+from colospec.engine.sglang_args import forward_rows, longest_document, server_args
 from colospec.target import Target
 
 log = logging.getLogger(__name__)
 
 DEFAULT_STD = 0.02
+# What SGLang raises where it does not know a model, or knows it by an older transformers.
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    ImportError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
@@ -44,6 +55,7 @@ def start_runner(settings: EngineSettings) -> Any:
     arguments = server_args(settings)
     with replica_world(settings.config.tp), _explained(settings):
         runner = _build(settings, arguments)
+    check_windows(runner.model, settings)
     with _explained(settings):
         runner.alloc_memory_pool()
     _check_pool(runner, settings)
@@ -77,6 +89,22 @@ def check_target(target: Target) -> None:
     if reason is not None:
         raise ValueError(
             f"engine=sglang cannot capture {target.path} yet, because {reason}; set engine=hf"
+        )
+
+
+def check_windows(model: nn.Module, settings: EngineSettings) -> None:
+    """Raise ValueError where documents are longer than the target's sliding window and SGLang's
+    model attends to everything: it would capture other states than the target has."""
+    config = settings.target.hf_config
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not window or config.get("use_sliding_window", True) is False:
+        return
+    if window >= longest_document(settings) or (kinds and "sliding_attention" not in kinds):
+        return
+    if not any((getattr(m, "sliding_window_size", None) or -1) > -1 for m in model.modules()):
+        raise ValueError(
+            f"SGLang's {type(model).__name__} ignores sliding_window={window} of "
+            f"{settings.target.path}; set data.max_length={window} or engine=hf"
         )
 
 
@@ -132,7 +160,7 @@ def _explained(settings: EngineSettings) -> Iterator[None]:
             f"the target {settings.target.path} does not fit this rank's share of "
             f"{settings.device} ({error}); raise memory.engine_fraction or engine.tp"
         ) from error
-    except (AssertionError, KeyError, NotImplementedError, OSError, ValueError) as error:
+    except _REFUSALS as error:
         raise ValueError(
             f"SGLang cannot serve the target {settings.target.path} with engine.server_args="
             f"{settings.config.server_args}: {type(error).__name__}: {error}; change "

@@ -7,6 +7,7 @@ is the only proof that a process is one.
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import time
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ PROGRAM = "nvidia-cuda-mps-control"
 PIPE_VARIABLE = "CUDA_MPS_PIPE_DIRECTORY"
 ASK_S = 5.0
 POLL_S = 0.05
-NUM_TRIES = 10
+BUSY = "Cannot send command"
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,18 @@ class Control:
     def ask(self, command: str, *, timeout_s: float = ASK_S) -> str:
         """Send one command and return the answer; raises MpsError if there is none.
 
-        A daemon hears one question at a time and turns others away, so it is asked a few times.
+        A daemon hears one question at a time and turns others away, so it is asked again.
         """
-        for attempt in range(NUM_TRIES):
-            if attempt:
-                time.sleep(POLL_S)
-            done = self._run(command, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            done = self._run(command, max(deadline - time.monotonic(), POLL_S))
             if done.returncode == 0:
                 return done.stdout
-        said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
-        raise MpsError(f"no MPS control daemon answers in {self.pipe}: {said}")
+            said = " ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}"
+            if BUSY not in said or time.monotonic() > deadline:
+                raise MpsError(f"no MPS control daemon answers in {self.pipe}: {said}")
+            # All ranks ask at one time; they should not do so again.
+            time.sleep(POLL_S * random.uniform(0.5, 3.0))
 
     def _run(self, command: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         try:

@@ -30,11 +30,18 @@ _TRIES = 100
 
 @dataclass(frozen=True)
 class Record:
-    """What a keeper writes into its directory once it has started its daemon; all are pids."""
+    """What a keeper writes into its directory once it has started its daemon: pids, and the PID
+    namespace that they belong to (containers may share /tmp)."""
 
     keeper: int
     owner: int
     daemon: int
+    namespace: str
+
+
+def pid_namespace() -> str:
+    """Return the identity of this process's PID namespace."""
+    return str(Path("/proc/self/ns/pid").readlink())
 
 
 @contextlib.contextmanager

@@ -68,7 +68,8 @@ def _run(home: Path, ends: select.poll, *, owner: int, gpus: str, start_s: float
     daemon = _start_daemon(home, gpus)
     answers = False
     try:
-        directory.write_record(home, directory.Record(os.getpid(), owner, daemon.pid))
+        record = directory.Record(os.getpid(), owner, daemon.pid, directory.pid_namespace())
+        directory.write_record(home, record)
         _wait_until_ready(control, daemon, ends, home=home, start_s=start_s)
         answers = True
         _report({"pipe": str(control.pipe), "daemon": daemon.pid})

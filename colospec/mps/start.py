@@ -75,7 +75,7 @@ def stop_keeper(home: Path, record: directory.Record, *, limit_s: float = STOP_S
         finally:
             os.close(pidfd)
     deadline = time.monotonic() + limit_s
-    while home.exists():
+    while home in directory.live(home.parent):
         if time.monotonic() > deadline:
             raise MpsError(
                 f"the keeper of {home} (pid {record.keeper}) did not stop within {limit_s:g} s; "
@@ -86,7 +86,12 @@ def stop_keeper(home: Path, record: directory.Record, *, limit_s: float = STOP_S
 
 def stop_all_of(owner: int, *, root: Path = directory.ROOT) -> int:
     """Stop every daemon that lives for process `owner` (before a restart); return how many."""
-    found = [item for item in directory.live(root).items() if item[1].owner == owner]
+    here = directory.pid_namespace()
+    found = [
+        item
+        for item in directory.live(root).items()
+        if (item[1].owner, item[1].namespace) == (owner, here)
+    ]
     for home, record in found:
         stop_keeper(home, record)
     return len(found)

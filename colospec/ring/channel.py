@@ -79,6 +79,7 @@ class Writer:
     ) -> None:
         self._limits = (max_tokens, max_sequences)
         self._timeout_s = timeout_s
+        self._device = device
         self._filling: TokenBatch | None = None
         self._has_ended = False
         layout = SlotLayout.plan(spec, max_tokens)
@@ -112,7 +113,10 @@ class Writer:
         try:
             slots = _slots(layout, num_slots, device, buffers if uses_ipc else None, host)
             streams = Streams(ring, block, device) if device.type == "cuda" else None
-        except BaseException:
+        except BaseException as error:
+            text = f"the engine could not use the ring: {type(error).__name__}: {error}"
+            ring.leave(_ring.ERROR, shorten(text, _ring.TEXT_BYTES))
+            _KEPT.append(buffers)
             os.close(pidfd)
             raise
         self._link = Link(ring, slots, pair=pair, peer="trainer", pidfd=pidfd, streams=streams)
@@ -165,17 +169,19 @@ class Writer:
         if not self._link.is_open:
             return
         self._leave(_ring.ERROR, b"the engine closed the ring before the end of its work")
+        status = _ring.AGAIN
         try:
             status, _, detail = self._link.wait(self._timeout_s)
             if status == _ring.CORRUPT:
                 log.warning("%s", self._link.corrupt(detail.decode()))
             elif status == _ring.AGAIN:
-                _KEPT.append(self._link.slots)
                 log.warning(
                     "the trainer did not let go of the ring within %g s [%s]",
                     self._timeout_s, self._link.state(),
                 )  # fmt: skip
         finally:
+            if self._device.type == "cuda" and status not in (_ring.CLOSED, _ring.DEAD):
+                _KEPT.append(self._link.slots)
             self._link.close()
 
     def stats(self) -> RingState:
@@ -192,10 +198,10 @@ class Reader:
     """The trainer's side: implements `batch.FeatureSource`.
 
     `lease` "view" hands out tensors that lie in the slot; "copy" clones them and frees the slot at
-    once. Several leases may be held, and released in any order; the engine gets slots back in
-    theirs. `poison` fills released slots with NaN, to find readers of released leases. Raises as
-    `Writer` does, and PeerDied if the engine is gone already. Slots in pinned host memory are
-    always copied out: reading them again and again over PCIe would be slower.
+    once. Several leases may be held, and released in any order (on a GPU all in one stream); the
+    engine gets slots back in theirs. `poison` fills released slots with NaN, to find readers of
+    released leases. Slots in pinned host memory are always copied out: reading them again and again
+    over PCIe would be slower. Raises as `Writer` does, and PeerDied if the engine is gone already.
     """
 
     def __init__(
@@ -275,8 +281,8 @@ class Reader:
         return self.stats().filled
 
 
-_KEPT: list[list[Slot]] = []
-"""Slots that a trainer may still be using; the process's end frees them."""
+_KEPT: list[list[Slot] | list[DeviceBuffer]] = []
+"""GPU memory that a trainer may still have mapped; the process's end frees it."""
 
 
 def _allocate(

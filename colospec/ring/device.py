@@ -80,9 +80,9 @@ class Streams:
         by_callback: bool | None = None,
     ) -> None:
         self._device = device
-        self._control = PinnedMapping(control)
         if by_callback is None:
             by_callback = not _ring.can_write_from_stream()
+        self._control = PinnedMapping(control)
         ring.use_streams(self._control.pointer, by_callback)
 
     def current(self) -> int:
@@ -91,8 +91,10 @@ class Streams:
 
     def close(self) -> None:
         """Wait for what this device still does with the slots; no counter is written afterwards."""
-        torch.cuda.synchronize(self._device)
-        self._control.close()
+        try:
+            torch.cuda.synchronize(self._device)
+        finally:
+            self._control.close()
 
 
 def gpu_uuid(device: torch.device) -> str | None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from colospec.batch import Cursor, Features, FeatureSink, FeatureSource, Lease, TokenBatch
 from colospec.engine.base import Engine, open_engine
-from colospec.ring import Closed
+from colospec.ring import Closed, RingTimeout
 from colospec.ring.local import LocalChannel
 from colospec.topology import Place
 from colospec.train.job import Job, Start
@@ -52,7 +52,7 @@ def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: St
     wanted = True
     for parts in replica_batches(job, place, start):
         own = parts[place.tp_rank]
-        views = _acquire(sink, own, timeout_s) if wanted else None
+        views = _acquire(sink, own, world) if wanted else None
         if place.tp_size > 1 and not all_acquired(place, views is not None, 1.5 * timeout_s):
             views = None
         if views is None:
@@ -95,10 +95,18 @@ def all_acquired(place: Place, acquired: bool, timeout_s: float) -> bool:
     return bool(status.item())
 
 
-def _acquire(sink: FeatureSink, tokens: TokenBatch, timeout_s: float) -> Features | None:
-    """Wait for a free slot; None once the trainer has closed the ring."""
+def _acquire(sink: FeatureSink, tokens: TokenBatch, world: World) -> Features | None:
+    """Wait for a free slot; None once the trainer has closed the ring.
+
+    A trainer that saves is given the time that saving may take.
+    """
     try:
-        return sink.acquire(tokens, timeout_s=timeout_s)
+        try:
+            return sink.acquire(tokens, timeout_s=world.limit.step_s)
+        except RingTimeout:
+            if world.store.peek(f"phase/{world.place.peer}") != b"checkpoint":
+                raise
+            return sink.acquire(tokens, timeout_s=world.limit.checkpoint_s)
     except Closed:
         return None
 

@@ -171,13 +171,14 @@ def _be_engine(job: Job, world: World) -> None:
         device=world.device,
         payload=run.ring.payload.value,
     )
-    world.phase("capture", 2 * world.limit.step_s)
+    # Longer than a trainer may take to save.
+    world.phase("capture", 2 * world.limit.step_s + world.limit.checkpoint_s)
     try:
         produce(job, world, engine, sink, start)
     except Exception as error:
         sink.fail(f"{world.place}: {type(error).__name__}: {error}")
         raise
-    world.phase("drain", world.limit.checkpoint_s)
+    world.phase("drain", world.limit.load_s + world.limit.checkpoint_s)
     sink.close()
     engine.close()
 

@@ -133,8 +133,8 @@ class Reporter:
     ) -> dict[str, float]:
         """Name the window's means, add rates, write them; return them (on every rank)."""
         metrics = {f"train/{name}": value for name, value in values.items()}
-        names = sorted((name for name in values if name.startswith("acc_")), key=_place)
-        accuracies = [values[name] for name in names]
+        steps = sum(name.startswith("acc_") for name in values)
+        accuracies = [values[f"acc_{step}"] for step in range(steps)]
         metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(accuracies)
         if self._world.place.role_rank == 0:
             metrics |= self._rates(times, source)
@@ -196,8 +196,3 @@ class Reporter:
         if "memory/reserved_gib" in metrics:
             parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
         return "  ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
-
-
-def _place(name: str) -> int:
-    """Return k of acc_k."""
-    return int(name.removeprefix("acc_"))

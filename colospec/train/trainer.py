@@ -158,10 +158,14 @@ class Trainer:
                 self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
                 self.world.watchdog.beat()
                 done = self.position.step
-                if done % run.log_interval == 0 or done == 1:
+                saves = bool(run.save_interval) and done % run.save_interval == 0
+                # A checkpoint is ranked by its own metrics.
+                if done % run.log_interval == 0 or done == 1 or saves:
                     self._report(source, reporter)
-                if run.save_interval and done % run.save_interval == 0:
+                if saves:
+                    self.world.phase("checkpoint", self.world.limit.checkpoint_s)
                     self._save()
+                    self.world.phase("train", 2 * self.world.limit.step_s)
             else:
                 stop.wait_any()
             self._report(source, reporter)
@@ -227,6 +231,7 @@ class Trainer:
             if terms.denominator is not None:
                 part = terms.denominator.to(torch.float32)
                 denominator = part if denominator is None else denominator + part
+            self.world.watchdog.beat()
             del terms, features
         set_learning_rate(self.optimizer, learning_rate(step.step, self.job.total_steps, run))
         if denominator is not None:
@@ -257,7 +262,12 @@ class Trainer:
 
     def _save(self) -> None:
         self._norms.check()
+        is_fresh = not self.optimizer.state
         model, optimizer = get_state_dict(self.draft, self.optimizer)
+        if is_fresh:
+            # torch makes the state by a step of zeros, and counts it.
+            for value in self.optimizer.state.values():
+                value["step"].zero_()
         state = {"model": model, "optimizer": optimizer, "rng": self._rng()}
         meta = {
             "epoch": self.position.epoch,

@@ -432,6 +432,23 @@ def test_targets_that_cannot_be_prefilled_are_refused_before_loading(
         SglangEngine(replace(asked, target=target))
 
 
+def test_a_model_that_ignores_its_sliding_window_is_refused_for_longer_documents(
+    qwen3: Path,
+) -> None:
+    from colospec.engine.sglang_runner import check_windows
+
+    asked = settings(qwen3)
+    changes = {"sliding_window": 16, "use_sliding_window": True, "layer_types": None}
+    target = replace(asked.target, hf_config=asked.target.hf_config | changes)
+    asked = replace(asked, target=target, max_length=MAX_TOKENS)
+    plain, windowed = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    windowed.sliding_window_size = 15  # type: ignore[assignment]
+    check_windows(windowed, asked)
+    check_windows(plain, replace(asked, max_length=16))
+    with pytest.raises(ValueError, match=r"ignores sliding_window=16.*data\.max_length=16"):
+        check_windows(plain, asked)
+
+
 def test_forward_rows_hold_the_longest_document(qwen3: Path) -> None:
     whole = settings(qwen3)
     parts = settings(qwen3, forward_tokens=64)
@@ -460,7 +477,7 @@ def test_refused_arguments_give_the_reason(key: str, reason: str) -> None:
 
 def test_missing_sglang_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sglang_install.importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(RuntimeError, match=r"pip install .*constraints/sglang.*engine=hf"):
+    with pytest.raises(RuntimeError, match=r"make install-gpu.*engine=hf"):
         sglang_install.check_installation()
 
 

@@ -128,14 +128,18 @@ def rank_of(pid):
 
 
 @pytest.mark.parametrize("engine", ["sglang", "hf"])
-def test_alternate_mode_gives_the_losses_of_colocate(gpu_job, tmp_path, engine):
+def test_alternate_mode_gives_the_losses_gradients_and_weights_of_colocate(
+    gpu_job, tmp_path, engine
+):
     found = {}
     for mode, ranks in (("colocate", 2), ("alternate", 1)):
         run_dir = tmp_path / mode
         words = [*gpu_job, *REPEATABLE, f"engine={engine}", f"run_dir={run_dir}"]
         job(ranks, f"+mode={mode}", *words, timeout_s=TIMEOUT_S)
-        found[mode] = losses(run_dir)
-    assert found["colocate"] == found["alternate"]
+        found[mode] = (losses(run_dir), losses(run_dir, "train/grad_norm"), weights(run_dir))
+    assert found["colocate"][:2] == found["alternate"][:2]
+    for name, weight in found["colocate"][2].items():
+        assert torch.equal(weight, found["alternate"][2][name]), name
 
 
 def test_sglang_and_transformers_give_nearly_the_same_losses(whole, gpu_job, tmp_path):
