@@ -16,11 +16,9 @@ windows: 1.0 means that colocation costs nothing, for two roles that wait for th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -38,10 +36,10 @@ from workloads import CELLS, TINY_TARGET, write_dataset
 
 from colospec.config import RunConfig
 from colospec.launch import visible_gpus
+from colospec.mps.keeper import die_with
 from colospec.target import Target
 from colospec.train.job import load_target
 
-PR_SET_PDEATHSIG = 1
 SAMPLES_OF_THE_ORIGINAL = 40_000
 ALWAYS = (
     "+mode=colocate", "target.weights=random", "trainer.max_steps=1000000000",
@@ -85,7 +83,7 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
     env = {"OMP_NUM_THREADS": "1", **os.environ}
     try:
         subprocess.run(
-            command, check=True, timeout=arguments.limit, env=env, preexec_fn=_die_with_parent
+            command, check=True, timeout=arguments.limit, env=env, preexec_fn=die_with(os.getpid())
         )
     except subprocess.SubprocessError as error:
         for file in sorted(directory.glob("run/log/*.log")):
@@ -93,10 +91,6 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
         sys.exit(f"error: {error}")
     ranks = sorted(directory.glob("rank*.json"))
     return run, [json.loads(file.read_text()) for file in ranks]
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def by_kind(ranks: list[Any], role: str) -> dict[str, list[list[Any]]]:

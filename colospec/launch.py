@@ -6,7 +6,6 @@ reused safely. Nothing here touches CUDA.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shlex
@@ -17,8 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colospec.config import Mode, RunConfig
-
-PR_SET_PDEATHSIG = 1
+from colospec.mps.keeper import die_with
 
 
 class JobFailed(RuntimeError):
@@ -83,7 +81,7 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     print(f"launch: {shlex.join(shown)}", file=sys.stderr, flush=True)
     # What torchrun would set as well, with a warning for each node.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
-    with subprocess.Popen(words, preexec_fn=_die_with_parent, env=env) as torchrun:
+    with subprocess.Popen(words, preexec_fn=die_with(os.getpid()), env=env) as torchrun:
         asked_to_stop = False
 
         def pass_on(*_: object) -> None:
@@ -106,7 +104,3 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     if code or not result.is_file():
         raise JobFailed(f"the job ended with code {code}; logs: {run_dir}/log/")
     return float(json.loads(result.read_text())["objective"])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -16,15 +16,4 @@ def tiny_job(tmp_path_factory):
     root = tmp_path_factory.mktemp("tiny")
     target = tiny.write_target(root / "target")
     data = tiny.write_data(root / "train.jsonl")
-    return [
-        f"target.path={target}",
-        f"data.path={data}",
-        f"data.cache_dir={root}/cache",
-        "data.max_length=300",
-        "data.token_budget=512",
-        "data.num_workers=1",
-        "draft.ttt_length=3",
-        "draft.draft_vocab_size=256",
-        "trainer.lr=1e-3",
-        "trainer.log_interval=1",
-    ]
+    return tiny.overrides(root, target, data)

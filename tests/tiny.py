@@ -54,6 +54,22 @@ def write_target(directory, *, hidden_size=64, num_layers=4, vocab_size=512, see
     return Path(directory)
 
 
+def overrides(root, target, data):
+    """What makes a whole job of `target` and `data` tiny; its cache lies in `root`."""
+    return [
+        f"target.path={target}",
+        f"data.path={data}",
+        f"data.cache_dir={root}/cache",
+        "data.max_length=300",
+        "data.token_budget=512",
+        "data.num_workers=1",
+        "draft.ttt_length=3",
+        "draft.draft_vocab_size=256",
+        "trainer.lr=1e-3",
+        "trainer.log_interval=1",
+    ]
+
+
 def write_data(file, *, num_rows=200, seed=0, max_chars=600):
     """Write JSONL rows of plain text of mixed lengths."""
     rng = random.Random(seed)

@@ -26,7 +26,7 @@ from colospec.draft.base import BlockDraft, LossTerms, StepContext
 from colospec.draft.block_attention import block_attention
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.dflash_public import DFlashFormat, mask_token_id
-from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm
+from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm, init_linears
 from colospec.draft.layers import dflash_layers
 from colospec.draft.rope import Rope, rotate
 from colospec.target import Target
@@ -95,23 +95,14 @@ class DFlash(BlockDraft):
         self.config = config
         self.block_size = config.block_size
         self.mask_token_id = mask_token_id(config, target)
-        size, eps = target.hidden_size, float(target.hf_config.get("rms_norm_eps", 1e-6))
-        shape = LayerShape(
-            hidden_size=size,
-            intermediate_size=config.intermediate_size or target.intermediate_size,
-            num_heads=target.num_attention_heads,
-            num_kv_heads=target.num_key_value_heads,
-            head_dim=target.head_dim,
-            eps=eps,
-        )
+        shape = LayerShape.of(target, config.intermediate_size)
+        size, eps = shape.hidden_size, shape.eps
         self.rope = Rope(target)
         self.fc = nn.Linear(len(dflash_layers(config, target)) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(BlockLayer(shape) for _ in range(config.num_layers))
         self.norm = RMSNorm(size, eps)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        init_linears(self)
 
     @classmethod
     def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:

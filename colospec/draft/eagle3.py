@@ -24,7 +24,7 @@ from colospec.draft.alignment import Unroll, to_device, unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import ChainDraft, LossTerms, StepContext
 from colospec.draft.eagle3_public import Eagle3Format
-from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm
+from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
 from colospec.draft.layers import eagle3_layers
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
 from colospec.draft.rope import Rope
@@ -48,30 +48,20 @@ class Eagle3(ChainDraft):
     ) -> None:
         super().__init__()
         self.config = config
-        size, eps = target.hidden_size, float(target.hf_config.get("rms_norm_eps", 1e-6))
+        shape = LayerShape.of(target, config.intermediate_size)
+        size, eps = shape.hidden_size, shape.eps
         num_aux = len(eagle3_layers(config, target))
         self.rope = Rope(target)
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
         self.fc = nn.Linear(num_aux * size, size, bias=False)
-        self.midlayer = DraftLayer(
-            LayerShape(
-                hidden_size=size,
-                intermediate_size=config.intermediate_size or target.intermediate_size,
-                num_heads=target.num_attention_heads,
-                num_kv_heads=target.num_key_value_heads,
-                head_dim=target.head_dim,
-                eps=eps,
-            )
-        )
+        self.midlayer = DraftLayer(shape)
         self.norm = RMSNorm(size, eps)
         t2d, d2t = mapping or (None, None)
         self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)
         self.register_buffer("t2d", t2d)
         self.register_buffer("d2t", d2t)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=0.02)
+        init_linears(self)
 
     @classmethod
     def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:

@@ -20,6 +20,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.kernels import choice
 from colospec.draft.rope import rotate_, rotate_back
+from colospec.target import Target
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [T, N, head_dim], key and value [T, M, head_dim] of the new tokens) -> [T, N, head_dim]"""
@@ -35,6 +36,25 @@ class LayerShape:
     num_kv_heads: int
     head_dim: int
     eps: float
+
+    @classmethod
+    def of(cls, target: Target, intermediate_size: int | None) -> LayerShape:
+        """Return the sizes of the target's own layers; None keeps its MLP's width too."""
+        return cls(
+            hidden_size=target.hidden_size,
+            intermediate_size=intermediate_size or target.intermediate_size,
+            num_heads=target.num_attention_heads,
+            num_kv_heads=target.num_key_value_heads,
+            head_dim=target.head_dim,
+            eps=float(target.hf_config.get("rms_norm_eps", 1e-6)),
+        )
+
+
+def init_linears(model: nn.Module) -> None:
+    """Draw the weights of all linear layers of a fresh draft, normal with deviation 0.02."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)
 
 
 class RMSNorm(nn.Module):

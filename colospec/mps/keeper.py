@@ -123,7 +123,7 @@ def _start_daemon(home: Path, gpus: str) -> subprocess.Popen[bytes]:
                 stdout=output,
                 stderr=output,
                 env=env,
-                preexec_fn=_die_with(os.getpid()),
+                preexec_fn=die_with(os.getpid()),
             )
         except FileNotFoundError:
             raise MpsError(missing_program()) from None
@@ -131,7 +131,10 @@ def _start_daemon(home: Path, gpus: str) -> subprocess.Popen[bytes]:
             raise MpsError(f"{PROGRAM} cannot be run: {error}") from None
 
 
-def _die_with(parent: int) -> Callable[[], None]:
+def die_with(parent: int) -> Callable[[], None]:
+    """Return a preexec_fn: the kernel sends the child SIGTERM when the thread of process `parent`
+    that starts it ends."""
+
     def in_child() -> None:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:

@@ -82,12 +82,11 @@ class Writer:
         self._device = device
         self._filling: TokenBatch | None = None
         self._has_ended = False
-        layout = SlotLayout.plan(spec, max_tokens)
-        ring_id = secrets.token_hex(8)
-        agreement = Agreement.of(
-            spec, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
-            plan_digest=plan_digest, gpu_uuid=gpu_uuid(device), boot_id=boot_id(),
+        layout, agreement = _terms(
+            spec, device, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
+            plan_digest=plan_digest,
         )  # fmt: skip
+        ring_id = secrets.token_hex(8)
         buffers, handles = _allocate(device, payload, num_slots, layout.slot_bytes)
         # Attached or not, the files are closed: mappings do not need them. The control block goes
         # first (see _attach).
@@ -221,10 +220,9 @@ class Reader:
         payload: Payload = "auto",
     ) -> None:
         self._limits = (max_tokens, max_sequences)
-        layout = SlotLayout.plan(spec, max_tokens)
-        agreement = Agreement.of(
-            spec, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
-            plan_digest=plan_digest, gpu_uuid=gpu_uuid(device), boot_id=boot_id(),
+        layout, agreement = _terms(
+            spec, device, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
+            plan_digest=plan_digest,
         )  # fmt: skip
         reply, link = Offer(Process.current(), agreement), None
         try:
@@ -283,6 +281,23 @@ class Reader:
 
 _KEPT: list[list[Slot] | list[DeviceBuffer]] = []
 """GPU memory that a trainer may still have mapped; the process's end frees it."""
+
+
+def _terms(
+    spec: FeatureSpec,
+    device: torch.device,
+    *,
+    max_tokens: int,
+    max_sequences: int,
+    num_slots: int,
+    plan_digest: str,
+) -> tuple[SlotLayout, Agreement]:
+    """Return the layout of the slots, and what the other side must expect as well."""
+    agreement = Agreement.of(
+        spec, max_tokens=max_tokens, max_sequences=max_sequences, num_slots=num_slots,
+        plan_digest=plan_digest, gpu_uuid=gpu_uuid(device), boot_id=boot_id(),
+    )  # fmt: skip
+    return SlotLayout.plan(spec, max_tokens), agreement
 
 
 def _allocate(

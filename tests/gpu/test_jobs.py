@@ -31,17 +31,8 @@ def gpu_job(tmp_path_factory):
     )
     data = tiny.write_data(root / "train.jsonl", num_rows=80)
     return [
-        f"target.path={target}",
+        *tiny.overrides(root, target, data),
         "target.dtype=bfloat16",
-        f"data.path={data}",
-        f"data.cache_dir={root}/cache",
-        "data.max_length=300",
-        "data.token_budget=512",
-        "data.num_workers=1",
-        "draft.ttt_length=3",
-        "draft.draft_vocab_size=256",
-        "trainer.lr=1e-3",
-        "trainer.log_interval=1",
         "trainer.epochs=9",
         "trainer.save_interval=4",
         f"trainer.max_steps={STEPS}",
