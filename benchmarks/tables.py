@@ -192,8 +192,9 @@ def dflash_table(results: Path) -> str | None:
     note = (
         "\nSamples per second, Qwen3-8B (random weights) with DFlash: 5 layers, blocks of 16, up "
         f"to 512 anchors per sample; {first['machine']['gpu']}, SGLang "
-        f"{first['versions']['sglang']}, torch {first['versions']['torch']}, commit {first['commit']}. The original colocated "
-        "system: 7.51 samples/s and 2.96 GPU-hours on two H100s."
+        f"{first['versions']['sglang']}, torch {first['versions']['torch']}, commit "
+        f"{first['commit']}. The original colocated system: 7.51 samples/s and 2.96 GPU-hours on "
+        "two H100s."
     )
     return "\n".join(lines) + "\n" + note
 
