@@ -9,8 +9,8 @@ import torch
 from benchmarks import flops
 from benchmarks.flops import Supervised
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment
 from colospec.draft.alignment import unroll
+from colospec.draft.eagle3.config import Alignment
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS
 
