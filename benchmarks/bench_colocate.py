@@ -38,9 +38,10 @@ from colocate_rank import settings
 from workloads import CELLS, TINY_TARGET, Cell, loss_mask, write_dataset
 
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import DFlashConfig, RunConfig
+from colospec.config import RunConfig
+from colospec.draft import registry
 from colospec.draft.anchors import build_blocks, sample_anchors
-from colospec.draft.dflash import DFlash
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.launch import visible_gpus
 from colospec.mps.keeper import die_with
 from colospec.target import Target
@@ -172,7 +173,7 @@ def _dflash_work(
     )
     blocks = build_blocks(tokens, anchors, block_size=draft.block_size, mask_token_id=0)
     drafted = flops.Drafted.of(blocks)
-    num_aux = len(DFlash.features(draft, target).aux_layer_ids)
+    num_aux = len(registry.features(draft, target).aux_layer_ids)
     step = flops.dflash(target, drafted, num_layers=draft.num_layers, num_aux=num_aux)
     counted = {"blocks": len(anchors), "supervised_positions": drafted.positions}
     return step, counted

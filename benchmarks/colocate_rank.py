@@ -35,7 +35,7 @@ from colospec.batch import Features, TokenBatch
 from colospec.config import RunConfig
 from colospec.data.dataset import Dataset
 from colospec.data.pack import Plan, Step
-from colospec.draft import registry
+from colospec.draft import catalog, registry
 from colospec.ring import RingTimeout
 from colospec.ring.channel import Reader, Writer
 from colospec.topology import Role
@@ -273,6 +273,7 @@ def synthetic_job(run: RunConfig, dataset_directory: str, num_trainers: int) -> 
 def settings(overrides: list[str]) -> RunConfig:
     """Compose a run's settings as colospec.run would."""
     config.register()
+    catalog.register()
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         return config.load(compose("config", overrides=overrides))
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import flops
 from benchmarks.flops import Drafted, Supervised
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment
 from colospec.draft.alignment import unroll
 from colospec.draft.anchors import build_blocks, sample_anchors
+from colospec.draft.eagle3.config import Alignment
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS
 from tests.draft.cases import make_target
