@@ -4,7 +4,7 @@
     python benchmarks/bench_quality.py --tiny                # this machine's CPU, two minutes
 
 The phases: text (files of this machine, some held out; a tokenizer), target (a Qwen3 of about 100
-million parameters), samples (what the target writes at temperature 1 behind the first tokens of
+million parameters), samples (what the target writes at temperature 0.7 behind the first tokens of
 training files), one training job per draft on the same samples and as many tokens, and the
 measurements: the reference loop on held-out prompts, beside an untrained draft and a bigram table,
 then SGLang. A phase whose results are in DIR is not run again, so an interrupted bench goes on.
@@ -39,11 +39,14 @@ from colospec.evaluate.prompts import read_prompts
 from colospec.log import console, to_console
 
 BIGRAM_ROWS = 8192
+MIN_SERVED_S = 60.0
+TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `*_s` are budgets in seconds."""
+    """How much of everything; `*_s` are budgets in seconds. What SGLang serves is left out where
+    `total_s` does not suffice."""
 
     shape: Shape
     text_bytes: int
@@ -60,8 +63,10 @@ class Sizes:
     draft_limit_s: float
     overrides: dict[str, tuple[str, ...]]
     num_prompts: int
+    served_prompts: int
     max_new_tokens: int
     chain_length: int
+    total_s: float
 
     def scaled(self, share: float) -> Sizes:
         """Return the sizes of a run that is `share` as long."""
@@ -76,17 +81,17 @@ class Sizes:
 FULL = Sizes(
     shape=Shape(16384, 768, 2560, 12, 12, 4, 64),
     text_bytes=240_000_000, tokenizer_bytes=24_000_000,
-    target_s=100.0, window=1024, batch=32,
-    samples_s=30.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
-    draft_steps=1600, token_budget=8192, draft_limit_s=240.0,
+    target_s=80.0, window=1024, batch=32,
+    samples_s=20.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
+    draft_steps=2000, token_budget=4096, draft_limit_s=240.0,
     overrides={
         "eagle3": ("trainer.lr=1e-3", "draft.draft_vocab_size=null"),
         "dflash": (
             "trainer.lr=1e-3", "draft.block_size=8", "draft.decay_gamma=4.0",
-            "draft.num_anchors=128",
+            "draft.num_anchors=128", "trainer.max_grad_norm=1.0", "trainer.warmup_fraction=0.04",
         ),
     },
-    num_prompts=84, max_new_tokens=64, chain_length=7,
+    num_prompts=84, served_prompts=16, max_new_tokens=64, chain_length=7, total_s=570.0,
 )  # fmt: skip
 TINY = Sizes(
     shape=Shape(1024, 64, 128, 4, 4, 2, 16),
@@ -98,7 +103,7 @@ TINY = Sizes(
         "eagle3": ("trainer.lr=3e-3", "draft.draft_vocab_size=null", "draft.ttt_length=3"),
         "dflash": ("trainer.lr=3e-3", "draft.block_size=4", "draft.num_layers=2"),
     },
-    num_prompts=4, max_new_tokens=16, chain_length=3,
+    num_prompts=4, served_prompts=2, max_new_tokens=16, chain_length=3, total_s=570.0,
 )  # fmt: skip
 
 
@@ -109,7 +114,7 @@ class Bench:
         self.work, self.sizes = work, sizes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.begin = time.monotonic()
-        self.num_processes = max(1, len(os.sched_getaffinity(0)) - 2)
+        self.num_processes = min(24, max(1, len(os.sched_getaffinity(0)) - 2))
         work.mkdir(parents=True, exist_ok=True)
 
     def tell(self, text: str) -> None:
@@ -188,7 +193,7 @@ class Bench:
             prompts = quality_text.windows(
                 tokens, sizes.sample_batch, sizes.prompt_tokens, seed=len(rows)
             )
-            drawn = sample(model, prompts, length=sizes.sample_tokens, temperature=1.0)
+            drawn = sample(model, prompts, length=sizes.sample_tokens, temperature=TEMPERATURE)
             rows += [_until_end(row, sizes.prompt_tokens) for row in drawn.tolist()]
             self.tell(f"samples: {sum(map(len, rows)):,} tokens")
         self._write_rows("train.jsonl", rows, tokenizer)
@@ -196,7 +201,7 @@ class Bench:
         pairs = [(row, torch.ones(len(row), dtype=torch.bool)) for row in texts]
         table = most_frequent_successors(pairs, vocab_size=sizes.shape.vocab_size)
         torch.save(table, self.work / "successors.pt")
-        return {"rows": len(rows), "tokens": sum(map(len, rows)), "temperature": 1.0}
+        return {"rows": len(rows), "tokens": sum(map(len, rows)), "temperature": TEMPERATURE}
 
     def draft(self, name: str) -> dict[str, Any]:
         """Train a draft in a colocated job of its own."""
@@ -247,14 +252,16 @@ class Bench:
         console.print(f"{name}:", comparison.table())
         return comparison.to_dict()
 
-    def served(self, name: str) -> dict[str, Any]:
-        """Measure a draft through SGLang."""
-        sizes = self.sizes
+    def served(self, name: str, gpu: int) -> dict[str, Any]:
+        """Measure a draft through SGLang, greedily, on some of the prompts."""
+        sizes, left = self.sizes, self.sizes.total_s - (time.monotonic() - self.begin)
+        if left < MIN_SERVED_S:
+            return {"skipped": f"{left:.0f} of {sizes.total_s:.0f} s are left"}
         return quality_eval.through_sglang(
             self.work / "target", self.work / f"run-{name}" / "export",
-            self.work / "held_out.jsonl", settings=self._decoding(1.0),
-            num_prompts=sizes.num_prompts, prompt_tokens=sizes.prompt_tokens,
-            out=self.work / f"sglang-report-{name}.json", limit_s=150.0,
+            self.work / "held_out.jsonl", settings=self._decoding(0.0),
+            num_prompts=sizes.served_prompts, prompt_tokens=sizes.prompt_tokens,
+            out=self.work / f"sglang-report-{name}.json", limit_s=left, gpu=gpu,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
@@ -275,10 +282,17 @@ class Bench:
                 )
             for name, future in waiting.items():
                 drafts[name]["reference"] = future.result()
-        for name in drafts:
-            drafts[name]["sglang"] = self.phase(
-                f"sglang-{name}", lambda name=name: self.served(name)
-            )
+        # One at a time on a GPU, so that rates are those of an idle machine.
+        gpus = max(1, torch.cuda.device_count())
+        with ThreadPoolExecutor(gpus) as pool:
+            served = {
+                name: pool.submit(
+                    self.phase, f"sglang-{name}", lambda n=name, g=i % gpus: self.served(n, g)
+                )
+                for i, name in enumerate(drafts)
+            }
+        for name, future in served.items():
+            drafts[name]["sglang"] = future.result()
         return {**facts, "drafts": drafts}
 
     def _decoding(self, temperature: float) -> DecodingSettings:

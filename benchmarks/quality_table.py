@@ -13,8 +13,8 @@ def quality_table(results: Path) -> str | None:
         return None
     result = json.loads(files[0].read_text())
     heads = (
-        "draft", "steps", "loss", "simulated", "real, greedy", "real, T = 1", "through SGLang",
-        "tokens/s at 1, 8, 32", "without a draft",
+        "draft", "steps", "loss", "simulated", "real, greedy", "real, T = 1",
+        "through SGLang (loop)", "tokens/s at 1, 8, 32", "without a draft",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, draft in result["drafts"].items():
@@ -30,19 +30,25 @@ def quality_table(results: Path) -> str | None:
     gaps = [
         _gap(one["reference"]["drafters"]["trained draft"]) for one in result["drafts"].values()
     ]
-    target, reference, millions = result["target"], first["reference"], 1e6
-    note = (
+    return "\n".join(lines) + "\n" + _note(result, gaps)
+
+
+def _note(result: dict, gaps: list[str]) -> str:
+    target, samples = result["target"], result["samples"]
+    first = next(iter(result["drafts"].values()))
+    sizes = [part / 1e6 for part in (target["parameters"], target["tokens"], samples["tokens"])]
+    loops = first["reference"]["plain_looping_share"]
+    return (
         f"\nbenchmarks/bench_quality.py, one {result['machine']['gpu']}, "
         f"{result['seconds'] / 60:.0f} minutes in all, commit {result['commit']}: a target of "
-        f"{target['parameters'] / millions:.0f} million parameters, trained for "
-        f"{target['train_s']:.0f} s on {target['tokens'] / millions:.0f} million tokens of the "
-        f"machine's text; {result['samples']['tokens'] / millions:.0f} million tokens that it "
-        f"wrote itself at T = 1; both drafts read {first['tokens'] / millions:.0f} million. "
-        f"Acceptance length with the bonus token, {reference['num_prompts']} prompts of held-out "
-        f"files; {reference['plain_looping_share']:.0%} of the greedy outputs loop. "
-        f"Real, greedy, is {' and '.join(gaps)} off simulated."
+        f"{sizes[0]:.0f} million parameters, trained for {target['train_s']:.0f} s on "
+        f"{sizes[1]:.0f} million tokens of the machine's text; {sizes[2]:.0f} million tokens that "
+        f"it wrote itself at T = {samples['temperature']:g}; both drafts read "
+        f"{first['tokens'] / 1e6:.0f} million. Acceptance length with the bonus token, "
+        f"{first['reference']['num_prompts']} prompts of held-out files; {loops:.0%} of the greedy "
+        f"outputs loop. Real, greedy, is {' and '.join(gaps)} off simulated. SGLang decodes "
+        "greedily, some of the prompts; in brackets our loop on the same, in bfloat16."
     )
-    return "\n".join(lines) + "\n" + note
 
 
 def _cells(one: dict) -> list[str]:
@@ -57,7 +63,14 @@ def _gap(one: dict) -> str:
 
 
 def _served(served: dict) -> list[str]:
-    """Greedy acceptance length and tokens per second by batch size, with and without a draft."""
+    """What SGLang gave: greedy acceptance length (and that of the loop on the same prompts), then
+    tokens per second by batch size, with the draft and without."""
     if "skipped" in served:
         return ["-"] * 3
-    raise NotImplementedError
+    runs = [run for run in served["through_sglang"]["runs"] if run["temperature"] == 0]
+    loop = served["drafters"]["draft"]["greedy"]["acceptance_length"]
+    rates = (
+        " / ".join(f"{run[key]:,.0f}" for run in runs)
+        for key in ("tokens_per_s", "plain_tokens_per_s")
+    )
+    return [f"{runs[0]['acceptance_length']:.2f} ({loop:.2f})", *rates]

@@ -124,3 +124,54 @@ def test_the_benchmark_goes_from_text_to_measured_drafts_and_on_from_what_it_kep
         assert draft["reference"]["drafters"]["trained draft"]["greedy"]["is_lossless"]
         assert draft["curve"][-1]["step"] == draft["steps"]
         assert "skipped" in draft["sglang"] or torch.cuda.is_available()
+
+
+def test_the_table_has_a_row_for_each_draft_and_what_sglang_gave(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality_table
+
+    def drafter(length, loss):
+        part = {"acceptance_length": length}
+        return {"simulated": part, "greedy": part, "sampled": part, "loss": loss}
+
+    served = {
+        "drafters": {"draft": {"greedy": {"acceptance_length": 2.25}}},
+        "through_sglang": {
+            "runs": [
+                {
+                    "temperature": temperature,
+                    "acceptance_length": 2.0 + temperature,
+                    "tokens_per_s": 1500.0 * size,
+                    "plain_tokens_per_s": 1000.0 * size,
+                }
+                for temperature in (0.0, 1.0)
+                for size in (1, 8)
+            ]
+        },
+    }
+    reference = {
+        "num_prompts": 7, "plain_looping_share": 0.25,
+        "drafters": {
+            "trained draft": drafter(2.5, 3.0), "untrained draft": drafter(1.0, 9.0),
+            "bigram table": drafter(1.5, None),
+        },
+    }  # fmt: skip
+    draft = {"steps": 12, "tokens": 5e6, "reference": reference}
+    record = {
+        "machine": {"gpu": "a GPU"}, "seconds": 300.0, "commit": "abc",
+        "target": {"parameters": 1e8, "tokens": 4e7, "train_s": 80.0},
+        "samples": {"tokens": 9e6, "temperature": 0.7},
+        "drafts": {
+            "eagle3": draft | {"sglang": served}, "dflash": draft | {"sglang": {"skipped": ""}},
+        },
+    }  # fmt: skip
+    assert quality_table.quality_table(tmp_path) is None
+    (tmp_path / "quality-gpu.json").write_text(json.dumps(record))
+    head, rule, *rows = quality_table.quality_table(tmp_path).splitlines()
+    assert {row.count("|") for row in (head, rule, *rows[:5])} == {head.count("|")}
+    assert rows[0] == (
+        "| eagle3 | 12 | 3.00 | 2.50 | 2.50 | 2.50 | 2.00 (2.25) | 1,500 / 12,000 | 1,000 / 8,000 |"
+    )
+    assert rows[1].startswith("| eagle3, untrained | 0 | 9.00 | 1.00 |")
+    assert rows[2].endswith("| 2.50 | - | - | - |")
+    assert rows[4].startswith("| bigram table | - | - | 1.50 |")
