@@ -83,7 +83,8 @@ def start(run):
     gpus = torch.cuda.device_count()
     places = topology.build(run.mode, world_size=1, local_world_size=1, visible_gpus=gpus).places
     device = torch.device(places[0].device)
-    world = SimpleNamespace(place=places[0], device=device, limit=run.limit)
+    watchdog = SimpleNamespace(beat=lambda: None)
+    world = SimpleNamespace(place=places[0], device=device, limit=run.limit, watchdog=watchdog)
     job = Job.load(run, num_trainers=1, progress=False)
     trainer, loop = Trainer(job, world, Path(run.run_dir)), Loop(job, device)
     steps = job.steps(Start())
