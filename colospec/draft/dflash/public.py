@@ -9,7 +9,7 @@ layers by their inputs, one more.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.dflash.config import BlockConfig, DFlashConfig
@@ -37,7 +37,7 @@ SGLang:
 class DFlashFormat(PublicFormat):
     """SGLang's `DFlashDraftModel`, the layout of the authors."""
 
-    architectures = ("DFlashDraftModel", "DFlashSpeculator")
+    architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel", "DFlashSpeculator")
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, BlockConfig)
