@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", help="of the target")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--through", choices=("loop", "sglang"), default="loop", help="sglang: also as served")
-    add("--batch-sizes", type=_sizes, default=[1, 8, 32], help="prompts at a time in SGLang")
+    add("--batch-sizes", type=_sizes, default="1,8,32", help="prompts at a time in SGLang")
     add("--trust-remote-code", action="store_true", help="run code of the target's directory")
     add("--json", type=Path, default=None, help="write all numbers to this file")
     return parser

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from colospec.checkpoint.export import export_draft
-from colospec.config import DFlashConfig, DraftConfig, Eagle3Config
+from colospec.config import DraftConfig
 from colospec.draft import registry
 from colospec.draft.base import DraftModel
+from colospec.draft.dflash.config import DFlashConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.engine.sglang_serving import ServingJob
 from colospec.evaluate import __main__ as command
 from colospec.evaluate import served
