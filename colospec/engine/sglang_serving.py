@@ -23,6 +23,8 @@ from colospec.engine.sglang_imports import prepare
 from colospec.engine.sglang_scheduler import UNUSED, InProcessScheduler, Sampling
 from colospec.target import Target
 
+# The version whose scheduler this drives.
+VERSION = "0.5.17"
 # Of the memory that is free at start; the pool is sized by the prompts, not by this.
 MEM_FRACTION = 0.9
 RESERVE_TOKENS = 32

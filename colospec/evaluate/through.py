@@ -17,7 +17,7 @@ from torch import Tensor
 from colospec.checkpoint.public import CONFIG
 from colospec.draft.base import DraftModel
 from colospec.engine.sglang_install import check_installation
-from colospec.engine.sglang_serving import ServingJob
+from colospec.engine.sglang_serving import VERSION, ServingJob
 from colospec.evaluate.acceptance import (
     Acceptance,
     DecodingSettings,
@@ -126,9 +126,14 @@ def check_machine(target: Target, device: torch.device) -> None:
             f"{target.path}; add --dtype bfloat16"
         )
     try:
-        check_installation()
+        installed = check_installation()
     except RuntimeError as error:
         raise RuntimeError(f"--through sglang: {error}") from None
+    if installed.split()[0] != VERSION:
+        raise RuntimeError(
+            f"--through sglang drives the scheduler of SGLang {VERSION}, and {installed} is "
+            f"installed; pip install --force-reinstall --no-deps sglang=={VERSION}"
+        )
 
 
 def arguments_of(model: DraftModel, directory: Path, chain_length: int) -> dict[str, Any]:
