@@ -74,6 +74,19 @@ class DSparkFormat(DFlashFormat):
             heads["markov_head_type"] = MarkovHeadType(heads["markov_head_type"])
         return DSparkConfig(**self.settings(contents), **heads)
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        assert isinstance(config, DSparkConfig)
+        if chain_length != config.block_size:
+            raise ValueError(
+                f"SGLang verifies whole blocks, and this draft's propose {config.block_size} "
+                f"tokens: --chain-length {config.block_size}, not {chain_length}"
+            )
+        return {
+            "speculative_algorithm": "DSPARK",
+            "speculative_dspark_block_size": config.block_size,
+            "speculative_num_draft_tokens": config.block_size + 1,
+        }
+
     def card(self, contents: dict[str, Any]) -> CardText:
         rows = super().card(contents).rows | {
             "block": f"{contents['block_size']} tokens are read, and as many drafted",
