@@ -26,6 +26,7 @@ from colospec.draft.base import BlockDraft, LossTerms, StepContext
 from colospec.draft.block_attention import block_attention
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.dflash_public import DFlashFormat, mask_token_id
+from colospec.draft.dflash_speculators import DFlashSpeculators
 from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm, init_linears
 from colospec.draft.layers import dflash_layers
 from colospec.draft.rope import Rope, rotate
@@ -88,6 +89,7 @@ class DFlash(BlockDraft):
 
     config_type = DFlashConfig
     public = DFlashFormat()
+    more_formats = (DFlashSpeculators(),)
     config: DFlashConfig
 
     def __init__(self, config: DFlashConfig, target: Target) -> None:

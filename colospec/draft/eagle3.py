@@ -24,6 +24,7 @@ from colospec.draft.alignment import Unroll, to_device, unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import ChainDraft, LossTerms, StepContext
 from colospec.draft.eagle3_public import Eagle3Format
+from colospec.draft.eagle3_speculators import Eagle3Speculators
 from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
 from colospec.draft.layers import eagle3_layers
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
@@ -40,6 +41,7 @@ class Eagle3(ChainDraft):
 
     config_type = Eagle3Config
     public = Eagle3Format()
+    more_formats = (Eagle3Speculators(),)
     config: Eagle3Config
     d2t: Tensor | None
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
 from colospec.batch import FeatureSpec
-from colospec.config import DraftConfig, Weights
+from colospec.config import DraftConfig, ExportFormat, Weights
 from colospec.draft.base import DraftModel
 from colospec.draft.dflash import DFlash
 from colospec.draft.eagle3 import Eagle3
+from colospec.draft.public import PublicFormat
 from colospec.target import Target
 
 ALGORITHMS: dict[str, type[DraftModel]] = {
@@ -27,17 +30,36 @@ def find(name: str) -> type[DraftModel]:
     return ALGORITHMS[name]
 
 
-def find_architecture(name: str) -> type[DraftModel] | None:
-    """Return the algorithm whose architecture in config.json is `name`; None if there is none."""
-    for algorithm in ALGORITHMS.values():
-        if name in algorithm.public.architectures:
-            return algorithm
+def formats(algorithm: str) -> dict[ExportFormat, PublicFormat]:
+    """Return the layouts that drafts of `algorithm` can have outside, by name."""
+    kind = find(algorithm)
+    return {form.name: form for form in (kind.public, *kind.more_formats)}
+
+
+def public_format(algorithm: str, name: ExportFormat) -> PublicFormat:
+    """Return one of `formats`; raises ValueError listing those that the algorithm has."""
+    known = formats(algorithm)
+    if name not in known:
+        raise ValueError(
+            f"export.format={name.value}: draft={algorithm} cannot be written so; choose one of "
+            f"{', '.join(form.value for form in known)}"
+        )
+    return known[name]
+
+
+def find_format(contents: dict[str, Any]) -> PublicFormat | None:
+    """Return the format of a draft with this config.json; None if no algorithm knows it."""
+    for algorithm in ALGORITHMS:
+        for form in formats(algorithm).values():
+            if form.matches(contents):
+                return form
     return None
 
 
 def architectures() -> list[str]:
-    """Return all architectures that `find_architecture` knows."""
-    return [name for kind in ALGORITHMS.values() for name in kind.public.architectures]
+    """Return all architectures that `find_format` knows."""
+    forms = [form for algorithm in ALGORITHMS for form in formats(algorithm).values()]
+    return list(dict.fromkeys(name for form in forms for name in form.architectures))
 
 
 def features(config: DraftConfig, target: Target) -> FeatureSpec:

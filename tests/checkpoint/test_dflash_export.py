@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.checkpoint.export import check_warm_start, load_draft, load_weights
+from colospec.checkpoint.export import load_draft, load_weights
+from colospec.checkpoint.warm_start import check_warm_start
 from colospec.config import DFlashConfig, Eagle3Config
 from colospec.draft import registry
 from colospec.draft.base import StepContext
