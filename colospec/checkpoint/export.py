@@ -40,7 +40,7 @@ from colospec.checkpoint.public import (
 )
 from colospec.checkpoint.state import load_model
 from colospec.config import DraftConfig, ExportFormat
-from colospec.draft import registry
+from colospec.draft import catalog, registry
 from colospec.draft.base import DraftModel
 from colospec.draft.public import PublicFormat, Shapes
 from colospec.target import Target
@@ -202,7 +202,7 @@ def _export_checkpoint(args: argparse.Namespace) -> None:
     meta = found.manifest.meta
     run = meta["run"]
     target = Target.load(args.target or meta["target"], dtype=run["target"]["dtype"])
-    schema = OmegaConf.structured(registry.find(run["draft"]["algorithm"]).config_type)
+    schema = OmegaConf.structured(catalog.find(run["draft"]["algorithm"]).config)
     config = OmegaConf.to_object(OmegaConf.merge(schema, run["draft"]))
     assert isinstance(config, DraftConfig)
     export_draft(

@@ -1,7 +1,8 @@
-"""Draft algorithms by name. A new one is a module with a `DraftModel`, and one line here."""
+"""Draft algorithms by name: their models, imported when they are asked for."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -9,25 +10,17 @@ from torch import Tensor
 
 from colospec.batch import FeatureSpec
 from colospec.config import DraftConfig, ExportFormat, Weights
+from colospec.draft import catalog
 from colospec.draft.base import DraftModel
-from colospec.draft.dflash import DFlash
-from colospec.draft.eagle3 import Eagle3
 from colospec.draft.public import PublicFormat
 from colospec.target import Target
-
-ALGORITHMS: dict[str, type[DraftModel]] = {
-    "dflash": DFlash,
-    "eagle3": Eagle3,
-}
 
 
 def find(name: str) -> type[DraftModel]:
     """Return the algorithm `name`; raises ValueError listing those that exist."""
-    if name not in ALGORITHMS:
-        raise ValueError(
-            f"draft.algorithm={name} is unknown; choose one of {', '.join(sorted(ALGORITHMS))}"
-        )
-    return ALGORITHMS[name]
+    module, _, attribute = catalog.find(name).model.partition(":")
+    model: type[DraftModel] = getattr(importlib.import_module(module), attribute)
+    return model
 
 
 def formats(algorithm: str) -> dict[ExportFormat, PublicFormat]:
@@ -49,7 +42,7 @@ def public_format(algorithm: str, name: ExportFormat) -> PublicFormat:
 
 def find_format(contents: dict[str, Any]) -> PublicFormat | None:
     """Return the format of a draft with this config.json; None if no algorithm knows it."""
-    for algorithm in ALGORITHMS:
+    for algorithm in catalog.algorithms():
         for form in formats(algorithm).values():
             if form.matches(contents):
                 return form
@@ -58,7 +51,7 @@ def find_format(contents: dict[str, Any]) -> PublicFormat | None:
 
 def architectures() -> list[str]:
     """Return all architectures that `find_format` knows."""
-    forms = [form for algorithm in ALGORITHMS for form in formats(algorithm).values()]
+    forms = [form for algorithm in catalog.algorithms() for form in formats(algorithm).values()]
     return list(dict.fromkeys(name for form in forms for name in form.architectures))
 
 

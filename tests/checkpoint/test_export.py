@@ -19,9 +19,9 @@ from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.export import export_draft, load_draft, load_weights, main
 from colospec.checkpoint.warm_start import check_warm_start
-from colospec.config import Eagle3Config
 from colospec.draft import registry
 from colospec.draft.base import StepContext
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.target import Target
 from colospec.train.provenance import plain
 from tests.ranks import RankError, run_ranks

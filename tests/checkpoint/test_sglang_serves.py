@@ -23,8 +23,10 @@ from torch import Tensor
 
 from colospec.batch import FeatureSpec
 from colospec.checkpoint.export import WEIGHTS, export_draft, load_draft
-from colospec.config import DFlashConfig, DraftConfig, Eagle3Config, EngineConfig, Weights
+from colospec.config import DraftConfig, EngineConfig, Weights
 from colospec.draft import registry
+from colospec.draft.dflash.config import DFlashConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.layer import KVCache
 from colospec.engine.base import EngineSettings
 from colospec.target import Target
@@ -151,7 +153,14 @@ def compare_block(model: Any, draft: Any, aux: Tensor, token_ids: Tensor) -> dic
     """Draft one block behind a prompt in both."""
     caches = draft.start()
     draft.read(aux, caches)
-    logits = draft.draft(token_ids[:1], caches)
+    said: list[Tensor] = []
+
+    def greedy(logits: Tensor) -> Tensor:
+        said.append(logits)
+        return logits.argmax(-1)
+
+    draft.draft(token_ids[:1], caches, num_tokens=BLOCK - 1, choose=greedy)
+    logits = torch.cat(said)
     context = model.project_target_hidden(aux)
     for layer in model.layers:
         attention = layer.self_attn

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from colospec.checkpoint.export import load_draft, load_weights
 from colospec.checkpoint.warm_start import check_warm_start, start_from
-from colospec.config import Eagle3Config, ExportFormat, InitVocab
+from colospec.config import ExportFormat, InitVocab
 from colospec.draft import registry
+from colospec.draft.eagle3.config import Eagle3Config
 from tests.checkpoint.test_export import LAYERS, H, V, W, export, make_target
 
 

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from safetensors.torch import load_file
 
 from tests.jobs.start import job

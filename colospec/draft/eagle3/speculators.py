@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec.config import DraftConfig, Eagle3Config
-from colospec.draft.eagle3_public import EAGLE3_TOKENS, Eagle3Format
-from colospec.draft.layers import eagle3_layers
+from colospec.config import DraftConfig
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.eagle3.public import EAGLE3_TOKENS, Eagle3Format
 from colospec.draft.public import CardText, layer_fields
 from colospec.draft.speculators import (
     SpeculatorsFormat,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec.config import DFlashConfig, DraftConfig
-from colospec.draft.dflash_public import SLIDING, DFlashFormat, mask_token_id
-from colospec.draft.layers import dflash_layers
+from colospec.config import DraftConfig
+from colospec.draft.dflash.config import DFlashConfig
+from colospec.draft.dflash.layers import block_layers, mask_token_id
+from colospec.draft.dflash.public import SLIDING, DFlashFormat
 from colospec.draft.public import CardText
 from colospec.draft.speculators import (
     SpeculatorsFormat,
@@ -52,7 +53,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
             "target_hidden_size": target.hidden_size,
             "block_size": config.block_size,
             "mask_token_id": mask_token_id(config, target),
-            "aux_hidden_state_layer_ids": input_ids_of(dflash_layers(config, target)),
+            "aux_hidden_state_layer_ids": input_ids_of(block_layers(config, target)),
             "sliding_window_non_causal": not config.sliding_layers,
             "sample_from_anchor": False,
             "colospec": native["colospec"],

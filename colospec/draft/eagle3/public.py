@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec.config import DraftConfig, Eagle3Config
-from colospec.draft.layers import eagle3_layers
+from colospec.config import DraftConfig
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.public import (
     TARGETS_OWN,
     CardText,
