@@ -26,6 +26,7 @@ from colospec.checkpoint.export import WEIGHTS, export_draft, load_draft
 from colospec.config import DraftConfig, EngineConfig, Weights
 from colospec.draft import registry
 from colospec.draft.dflash.config import DFlashConfig
+from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
 from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.layer import KVCache
 from colospec.engine.base import EngineSettings
@@ -54,6 +55,22 @@ DRAFTS: dict[str, DraftConfig] = {
     "dflash sliding": DFlashConfig(
         num_layers=2, block_size=BLOCK, aux_layer_ids=AUX, sliding_layers=[1], sliding_window=6
     ),
+    **{
+        f"dspark {kind.value}": DSparkConfig(
+            num_layers=2,
+            block_size=BLOCK,
+            aux_layer_ids=AUX,
+            markov_rank=8,
+            markov_head_type=kind,
+            confidence_head_with_markov=kind is not MarkovHeadType.gated,
+        )
+        for kind in MarkovHeadType
+    },
+}
+CLASSES = {
+    "eagle3": "LlamaForCausalLMEagle3",
+    "dflash": "DFlashDraftModel",
+    "dspark": "Qwen3DSparkModel",
 }
 
 
@@ -159,7 +176,7 @@ def compare_block(model: Any, draft: Any, aux: Tensor, token_ids: Tensor) -> dic
         said.append(logits)
         return logits.argmax(-1)
 
-    draft.draft(token_ids[:1], caches, num_tokens=BLOCK - 1, choose=greedy)
+    draft.draft(token_ids[:1], caches, num_tokens=draft.num_drafted, choose=greedy)
     logits = torch.cat(said)
     context = model.project_target_hidden(aux)
     for layer in model.layers:
@@ -172,7 +189,15 @@ def compare_block(model: Any, draft: Any, aux: Tensor, token_ids: Tensor) -> dic
     ids = torch.cat([token_ids[:1], masks])
     positions = torch.arange(LENGTH, LENGTH + BLOCK)
     out = model(ids, positions, None, input_embeds=F.embedding(ids, draft.embedding))
-    scores = out.hidden_states[1:] @ draft.frozen_head.T
+    states = out.hidden_states[BLOCK - draft.num_drafted :]
+    scores = states @ draft.frozen_head.T
+    if hasattr(model, "markov_head"):
+        _, (scores,) = model.markov_head.sample_block(
+            scores[None],
+            first_prev_tokens=token_ids[:1],
+            hidden_states=states[None],
+            sampler=lambda logits, _: logits.argmax(-1),
+        )
     return {"logits": float((scores - logits).abs().max() / logits.std())}
 
 
@@ -260,7 +285,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", DRAFTS)
 def test_sglangs_own_model_loads_every_parameter(seen: dict[str, Any], name: str) -> None:
     eagle = name.startswith("eagle3")
-    assert seen[name]["class"] == ("LlamaForCausalLMEagle3" if eagle else "DFlashDraftModel")
+    assert seen[name]["class"] == CLASSES[name.split(".")[0].split()[0]]
     # The target's embedding takes the place of this one.
     assert seen[name]["empty"] == (["model.embed_tokens.weight"] if eagle else [])
 

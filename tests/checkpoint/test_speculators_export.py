@@ -19,6 +19,7 @@ from transformers import LlamaConfig, Qwen3Config
 from colospec.checkpoint.export import load_draft
 from colospec.config import ExportFormat
 from tests.checkpoint import test_dflash_export as dflash
+from tests.checkpoint import test_dspark_export as dspark
 from tests.checkpoint import test_export as eagle3
 from tests.checkpoint.test_export import (
     HEAD_DIM,
@@ -34,10 +35,21 @@ from tests.checkpoint.test_export import (
 from tests.ranks import run_ranks
 
 SPECULATORS = ExportFormat.speculators
-MAKERS = {"eagle3": eagle3.make_draft, "dflash": dflash.make_draft}
+MAKERS = {
+    "eagle3": eagle3.make_draft,
+    "dflash": dflash.make_draft,
+    "dspark": dspark.make_draft,
+}
 GOLDEN = {
     "eagle3": {name.replace("midlayer.", "layers.0."): s for name, s in eagle3.GOLDEN.items()},
     "dflash": dflash.GOLDEN,
+    "dspark": {
+        **dflash.GOLDEN,
+        "markov_head.markov_w1.weight": [V, dspark.R],
+        "markov_head.markov_w2.weight": [V, dspark.R],
+        "confidence_head.proj.weight": [1, H + dspark.R],
+        "confidence_head.proj.bias": [1],
+    },
 }
 
 
@@ -167,6 +179,32 @@ def test_a_dflash_config_has_every_key_that_is_read(target, tmp_path):
     assert layer.layer_types == ["full_attention", "full_attention"]
 
 
+def test_a_dspark_config_is_that_of_dflash_and_its_heads(target, tmp_path):
+    _, contents = exported("dspark", target, tmp_path / "out", mask_token_id=3)
+    _, other = exported("dflash", target, tmp_path / "other", mask_token_id=3)
+    different = {key: contents[key] for key in contents if contents[key] != other.get(key)}
+    methods = different.pop("speculators_config")["proposal_methods"]
+    assert [method["speculative_tokens"] for method in methods] == [5]
+    assert different == {
+        "architectures": ["DSparkSpeculator"],
+        "speculators_model_type": "dspark",
+        # The slot of the given token drafts too.
+        "sample_from_anchor": True,
+        "markov_rank": dspark.R,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+    }
+    assert other.keys() <= contents.keys()
+
+
+@pytest.mark.parametrize("kind", ["gated", "rnn"])
+def test_a_head_that_vllm_does_not_have_is_refused(target, tmp_path, kind):
+    head = dspark.MarkovHeadType(kind)
+    with pytest.raises(ValueError, match=f"markov_head_type={kind}, only vanilla"):
+        exported("dspark", target, tmp_path / "out", markov_head_type=head)
+
+
 @pytest.mark.parametrize(("sliding", "causal"), [([], False), ([0, 1], True)])
 def test_vllm_masks_the_block_as_it_was_trained(target, tmp_path, sliding, causal):
     settings = {"sliding_layers": sliding, "sliding_window": 4 if sliding else None}
@@ -229,7 +267,8 @@ def test_pruned_rows_are_the_targets_rows_of_their_tokens(target, tmp_path):
         ("eagle3", {"norm_before_residual": None}, None),
         ("eagle3", {"norm_before_fc": True}, "norm_before_fc=true"),
         ("eagle3", {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}, "include 0, the embedding"),
-        ("dflash", {"sample_from_anchor": True}, "sample_from_anchor"),
+        ("dflash", {"sample_from_anchor": True}, "sample_from_anchor=True"),
+        ("dspark", {"sample_from_anchor": False}, "sample_from_anchor=False"),
         ("dflash", {"aux_hidden_state_layer_ids": [0, 2, 4]}, "include 0, the embedding"),
         ("dflash", {"speculators_model_type": "other"}, "speculators_model_type=other"),
     ],
@@ -252,7 +291,7 @@ def test_a_config_without_norm_before_residual_means_what_it_means_to_vllm(targe
         load_draft(tmp_path / "out", target)
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("eagle3", 3), ("dflash", 4)])
+@pytest.mark.parametrize(("kind", "tokens"), [("eagle3", 3), ("dflash", 4), ("dspark", 5)])
 def test_the_card_serves_with_vllm_alone(tmp_path, kind, tokens):
     for path, by_name in (("models--org--name/snapshots/1", True), ("local", False)):
         (tmp_path / path).mkdir(parents=True)
@@ -294,7 +333,11 @@ def test_speculators_loads_our_drafts_and_we_load_what_it_saves(target, tmp_path
         kind: exported(kind, target, tmp_path / kind, aux_layer_ids=[1, 2, 5])[0] for kind in MAKERS
     }
     (found,) = run_ranks(load_in_speculators, 1, tmp_path, timeout_s=120)
-    assert found == {"eagle3": ("Eagle3DraftModel", []), "dflash": ("DFlashDraftModel", [])}
+    assert found == {
+        "eagle3": ("Eagle3DraftModel", []),
+        "dflash": ("DFlashDraftModel", []),
+        "dspark": ("DSparkDraftModel", []),
+    }
     for kind, draft in drafts.items():
         theirs = load_draft(tmp_path / f"{kind}-theirs", target)
         assert theirs.config.aux_layer_ids == [1, 2, 5]
