@@ -10,6 +10,7 @@ import torch
 
 from colospec.draft import registry
 from colospec.draft.dflash.config import BlockConfig, DFlashConfig
+from colospec.draft.domino.config import DominoConfig
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
 from colospec.evaluate.decoder import TargetDecoder
@@ -24,10 +25,11 @@ CONFIGS: list[BlockConfig] = [
     DFlashConfig(num_layers=2, block_size=5, sliding_layers=[1], sliding_window=7),
     *(DSparkConfig(num_layers=2, block_size=4, markov_rank=8, markov_head_type=kind)
       for kind in MarkovHeadType),
+    *(DominoConfig(num_layers=2, block_size=4 + (not shift), shift_label=shift, emb_dim=8)
+      for shift in (True, False)),
 ]  # fmt: skip
-every_draft = pytest.mark.parametrize(
-    "config", CONFIGS, ids=["dflash", *MarkovHeadType.__members__]
-)
+NAMES = ["dflash", *MarkovHeadType.__members__, "domino", "domino-unshifted"]
+every_draft = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 
 
 def make(
@@ -38,7 +40,7 @@ def make(
     torch.manual_seed(seed)
     model = registry.build(config, target, token_counts=None)
     for name, parameter in model.named_parameters():
-        if "markov" in name:
+        if "markov" in name or "embed_proj" in name:
             torch.nn.init.normal_(parameter)  # large enough to change what is chosen
     drafter = open_drafter(model, target)
     assert isinstance(drafter, BlockDrafter)
