@@ -99,7 +99,7 @@ def load_draft(directory: Path, target: Target) -> DraftModel:
 
     Raises ValueError if it is not a draft for `target`, listing what differs.
     """
-    config, _ = read_config(directory, target)
+    config = read_config(directory, target)
     # Placeholder counts: the file's own mapping overwrites the vocabulary chosen from them.
     model = registry.build(config, target, token_counts=torch.zeros(target.vocab_size))
     load_weights(model, directory)

@@ -102,7 +102,12 @@ def write_config(
     return contents
 
 
-def read_config(directory: Path, target: Target) -> tuple[DraftConfig, PublicFormat]:
+def read_config(directory: Path, target: Target) -> DraftConfig:
+    """Return the settings of `read_public`."""
+    return read_public(directory, target)[0]
+
+
+def read_public(directory: Path, target: Target) -> tuple[DraftConfig, PublicFormat]:
     """Read `directory`/config.json as a draft for `target`; return its settings and its format.
 
     Raises ValueError if it is none, or is one for another target, listing what differs.

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from colospec.checkpoint.export import WEIGHTS, load_weights, read_tensors
-from colospec.checkpoint.public import read_config
+from colospec.checkpoint.public import read_public
 from colospec.config import DraftConfig, InitVocab
 from colospec.draft.base import DraftModel
 from colospec.draft.public import MAPPING, PublicFormat, Shapes
@@ -56,7 +56,7 @@ def check_warm_start(
     """Return settings and format of the draft in `directory`; raise ValueError if it fits `config`
     by its shapes alone: with other aux layers or norms its weights would be fed with what they were
     not trained on."""
-    theirs, form = read_config(directory, target)
+    theirs, form = read_public(directory, target)
     if theirs.algorithm != config.algorithm:
         raise ValueError(
             f"trainer.init_from={directory} is a draft of draft={theirs.algorithm}, not "
