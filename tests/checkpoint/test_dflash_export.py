@@ -54,6 +54,9 @@ def target(tmp_path):
     return make_target(tmp_path / "target-model")
 
 
+IDS = {"mask_token_id": 3, "target_layer_ids": [1, 2, 3, 4, 5]}
+
+
 def make_draft(target, **settings):
     config = DFlashConfig(**({"num_layers": 2, "block_size": 5, "num_anchors": 9} | settings))
     return config, registry.build(config, target, token_counts=None)
@@ -242,6 +245,11 @@ def test_options_of_speculators_that_compute_something_else_are_refused(
         ({"dflash_config": {"projector_type": "domino"}}, "projector_type=domino"),
         ({"dflash_config": {}, "target_layer_ids": None}, "target_layer_ids"),
         ({"num_target_layers": 99}, "num_target_layers 99, expected 8"),
+        ({"is_causal": True}, "causal=True for layer 0, a full one"),
+        ({"layer_types": ["sliding_attention"] * 2, "is_causal": False}, "0, a sliding one"),
+        ({"dflash_config": {**IDS, "causal": True}}, "causal=True for layer 0"),
+        ({"dflash_config": {**IDS, "use_swa": True}}, "use_swa"),
+        ({"dflash_config": {**IDS, "attention_mode": "mla"}}, "attention_mode=mla"),
     ],
 )
 def test_a_config_that_we_cannot_reproduce_is_refused(target, tmp_path, change, complaint):

@@ -8,7 +8,6 @@ read.
 import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -18,6 +17,8 @@ from transformers import LlamaConfig, Qwen3Config
 
 from colospec.checkpoint.export import load_draft
 from colospec.config import ExportFormat
+from colospec.draft.base import ChainDraft
+from colospec.draft.layer import KVCache
 from tests.checkpoint import test_dflash_export as dflash
 from tests.checkpoint import test_dspark_export as dspark
 from tests.checkpoint import test_export as eagle3
@@ -263,8 +264,6 @@ def test_pruned_rows_are_the_targets_rows_of_their_tokens(target, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "complaint"),
     [
-        ("eagle3", {"norm_before_residual": True}, "norm_before_residual=true"),
-        ("eagle3", {"norm_before_residual": None}, None),
         ("eagle3", {"norm_before_fc": True}, "norm_before_fc=true"),
         ("eagle3", {"eagle_aux_hidden_state_layer_ids": [0, 2, 4]}, "include 0, the embedding"),
         ("dflash", {"sample_from_anchor": True}, "sample_from_anchor=True"),
@@ -276,19 +275,21 @@ def test_pruned_rows_are_the_targets_rows_of_their_tokens(target, tmp_path):
 def test_what_computes_something_else_is_refused(target, tmp_path, kind, change, complaint):
     _, contents = exported(kind, target, tmp_path / "out")
     (tmp_path / "out" / "config.json").write_text(json.dumps(contents | change))
-    if complaint is None:
-        load_draft(tmp_path / "out", target)
-        return
     with pytest.raises(ValueError, match=complaint):
         load_draft(tmp_path / "out", target)
 
 
 def test_a_config_without_norm_before_residual_means_what_it_means_to_vllm(target, tmp_path):
-    _, contents = exported("eagle3", target, tmp_path / "out")
-    del contents["norm_before_residual"]
+    _, contents = exported("eagle3", target, tmp_path / "out", norm_before_residual=True)
+    assert contents.pop("norm_before_residual") is True
     (tmp_path / "out" / "config.json").write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match="norm_before_residual=true"):
-        load_draft(tmp_path / "out", target)
+    assert load_draft(tmp_path / "out", target).config.norm_before_residual
+
+
+def test_a_norm_before_the_residual_is_not_exported_where_sglang_would_ignore_it(target, tmp_path):
+    config, draft = eagle3.make_draft(target, norm_before_residual=True)
+    with pytest.raises(ValueError, match=r"norm_before_residual=true.*format=speculators"):
+        export(draft, config, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize(("kind", "tokens"), [("eagle3", 3), ("dflash", 4), ("dspark", 5)])
@@ -306,41 +307,117 @@ def test_the_card_serves_with_vllm_alone(tmp_path, kind, tokens):
         assert name == ("org/name" if by_name else str(tmp_path / "local"))
 
 
-def load_in_speculators(_rank: int, directory: Path) -> dict[str, tuple[str, list[str]]]:
-    """Load exports by speculators' own classes, and save them by its own code."""
+def load_in_speculators(_rank, directory, inputs):
+    """Load exports by speculators' own classes, run their layers, save by its own code."""
     if importlib.util.find_spec("hs_connectors") is None:
         # Transports of its data pipeline, imported with the models.
         stub = ModuleType("hs_connectors")
         stub.__getattr__ = lambda _name: object
         sys.modules["hs_connectors"] = stub
+    from speculators.config import SpeculatorModelConfig
     from speculators.model import SpeculatorModel
 
     found = {}
-    for kind in MAKERS:
-        model = SpeculatorModel.from_pretrained(str(directory / kind))
+    for name in RUNS:
+        config = SpeculatorModelConfig.from_pretrained(str(directory / name))
+        config.transformer_layer_config._attn_implementation = "eager"
+        model = SpeculatorModel.from_pretrained(str(directory / name), config=config)
         empty = [name for name, p in model.state_dict().items() if p.isnan().any()]
-        model.save_pretrained(str(directory / f"{kind}-theirs"))
-        found[kind] = type(model).__name__, empty
+        model.save_pretrained(str(directory / f"{name}-theirs"))
+        with torch.no_grad():
+            run = chain_in_speculators if name.startswith("eagle3") else block_in_speculators
+            logits = run(model, *inputs).numpy()
+        found[name] = type(model).__name__, empty, logits
     return found
+
+
+def chain_in_speculators(model, ids, aux, _tokens):
+    states = torch.cat([model.embed_tokens(ids), model.fc(aux)], dim=-1)[None]
+    positions = torch.arange(len(ids))[None]
+    mask = torch.full((1, 1, len(ids), len(ids)), float("-inf")).triu(1)
+    table = model.rotary_emb(states, positions)
+    out = model.layers[0](states, attention_mask=mask, position_embeddings=table)
+    return model.lm_head(model.norm(out[0]))
+
+
+def block_in_speculators(model, ids, aux, tokens):
+    context = model.hidden_norm(model.fc(aux))[None]
+    block = torch.full((5,), model.mask_token_id)
+    block[0] = tokens[0]
+    states = model.embed_tokens(block)[None]
+    positions = torch.arange(len(ids) + 5)
+    table = model.rotary_emb(context, positions[None])
+    for index, layer in enumerate(model.layers):
+        hidden = torch.zeros(5, len(positions), dtype=torch.bool)
+        if index in model.sliding_window_indices:
+            own = positions[len(ids) :, None]
+            hidden = (positions > own) | (positions <= own - model.sliding_window)
+        mask = torch.zeros(5, len(positions)).masked_fill(hidden, float("-inf"))[None, None]
+        states = layer(context, states, attention_mask=mask, position_embeddings=table)
+    states = model.norm(states[0])
+    logits = model.lm_head(states)
+    if hasattr(model, "markov_head"):
+        before = tokens[None, :5]
+        logits += model.markov_head.block_bias(prev_token_ids=before, hidden_states=states[None])[0]
+    return logits
+
+
+CLASSES = {
+    "eagle3": "Eagle3DraftModel",
+    "dflash": "DFlashDraftModel",
+    "dspark": "DSparkDraftModel",
+}
+RUNS = {
+    "eagle3": {},
+    "eagle3 residual": {"norm_before_residual": True, "draft_vocab_size": None},
+    "dflash": {},
+    "dflash sliding": {"sliding_layers": [0, 1], "sliding_window": 6},
+    "dspark": {},
+}
+
+
+def ours(draft, ids, aux, tokens):
+    """Return what our draft says after the same tokens: the first given, the others chosen."""
+    if isinstance(draft, ChainDraft):
+        positions = torch.arange(len(ids))
+        return draft.decode(ids, draft.project(aux), positions, KVCache())[0]
+    caches, said, chosen = draft.start(), [], iter(tokens[1:].split(1))
+    draft.read(aux, caches)
+
+    def choose(logits):
+        said.append(logits)
+        return torch.cat([next(chosen) for _ in logits])
+
+    draft.draft(tokens[:1], caches, num_tokens=draft.num_drafted, choose=choose)
+    return torch.cat(said)
 
 
 @pytest.mark.skipif(
     importlib.util.find_spec("speculators") is None,
     reason="wants speculators: pip install --no-deps speculators==0.9.0",
 )
-def test_speculators_loads_our_drafts_and_we_load_what_it_saves(target, tmp_path):
-    drafts = {
-        kind: exported(kind, target, tmp_path / kind, aux_layer_ids=[1, 2, 5])[0] for kind in MAKERS
-    }
-    (found,) = run_ranks(load_in_speculators, 1, tmp_path, timeout_s=120)
-    assert found == {
-        "eagle3": ("Eagle3DraftModel", []),
-        "dflash": ("DFlashDraftModel", []),
-        "dspark": ("DSparkDraftModel", []),
-    }
-    for kind, draft in drafts.items():
-        theirs = load_draft(tmp_path / f"{kind}-theirs", target)
+def test_speculators_computes_what_we_compute_and_we_load_what_it_saves(target, tmp_path):
+    drafts = {}
+    for name, settings in RUNS.items():
+        kind = name.split()[0]
+        config, draft = MAKERS[kind](target, aux_layer_ids=[1, 2, 5], **settings)
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        export(draft, config, target, tmp_path / name, format=SPECULATORS, dtype=torch.float32)
+        drafts[name] = draft
+    inputs = torch.randint(V, (11,)), torch.randn(11, 3 * H), torch.randint(V, (6,))
+
+    (found,) = run_ranks(load_in_speculators, 1, tmp_path, inputs, timeout_s=120)
+
+    for name, draft in drafts.items():
+        kind, empty, logits = found[name]
+        assert kind == CLASSES[name.split()[0]]
+        assert empty == []
+        with torch.no_grad():
+            expected = ours(draft, *inputs)
+        torch.testing.assert_close(torch.from_numpy(logits)[-len(expected) :], expected)
+        theirs = load_draft(tmp_path / f"{name}-theirs", target)
         assert theirs.config.aux_layer_ids == [1, 2, 5]
-        for name, tensor in draft.state_dict().items():
-            wanted = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
-            assert torch.equal(theirs.state_dict()[name], wanted), name
+        for key, tensor in draft.state_dict().items():
+            assert torch.equal(theirs.state_dict()[key], tensor), key

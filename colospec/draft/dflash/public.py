@@ -108,6 +108,7 @@ class DFlashFormat(PublicFormat):
         if layers is None or mask is None or size is None:
             raise ValueError("target_layer_ids, mask_token_id or block_size is missing")
         types = contents.get("layer_types") or []
+        _check_attention(contents, types)
         sliding = [layer for layer, kind in enumerate(types) if kind == SLIDING]
         return {
             "aux_layer_ids": list(layers),
@@ -160,3 +161,21 @@ class DFlashFormat(PublicFormat):
             "mask token": str(inner["mask_token_id"]),
             "aux layers of the target": ", ".join(map(str, inner["target_layer_ids"])),
         }
+
+
+def _check_attention(contents: dict[str, Any], types: list[str]) -> None:
+    """Raise ValueError for attention that is not ours: full layers see their whole block, sliding
+    ones are causal in it, and both share heads as usual."""
+    inner = contents.get("dflash_config") or {}
+    causal = contents.get("is_causal", inner.get("causal"))
+    for layer in range(contents["num_hidden_layers"]):
+        own = layer < len(types) and types[layer] == SLIDING
+        if causal is not None and bool(causal) != own:
+            raise ValueError(
+                f"causal={causal} for layer {layer}, a {'sliding' if own else 'full'} one: full "
+                "layers are bidirectional here, and sliding ones causal"
+            )
+    if inner.get("use_swa") and SLIDING not in types:
+        raise ValueError("use_swa=true without layer_types is not known here")
+    if (mode := inner.get("attention_mode", "gqa")) not in ("gqa", "mha"):
+        raise ValueError(f"attention_mode={mode} is not known here")

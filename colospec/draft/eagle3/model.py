@@ -57,7 +57,7 @@ class Eagle3(ChainDraft):
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
         self.fc = nn.Linear(num_aux * size, size, bias=False)
-        self.midlayer = DraftLayer(shape)
+        self.midlayer = DraftLayer(shape, norm_before_residual=config.norm_before_residual)
         self.norm = RMSNorm(size, eps)
         t2d, d2t = mapping or (None, None)
         self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)

@@ -55,6 +55,14 @@ class Eagle3Format(PublicFormat):
     architectures = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
     may_lack = frozenset(("lm_head.weight", "t2d"))
 
+    def check(self, config: DraftConfig) -> None:
+        assert isinstance(config, Eagle3Config)
+        if config.norm_before_residual:
+            raise ValueError(
+                f"export.format={self.name.value} cannot hold draft.norm_before_residual=true, "
+                "which SGLang would ignore; use export.format=speculators"
+            )
+
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, Eagle3Config)
         num_aux = len(eagle3_layers(config, target))
@@ -94,6 +102,7 @@ class Eagle3Format(PublicFormat):
             "draft_vocab_size": _draft_vocab_size(config, target),
             "tie_word_embeddings": False,
             "norm_output": config.norm_output,
+            "norm_before_residual": config.norm_before_residual,
             "fc_norm": config.fc_norm,
             "num_aux_hidden_states": len(layers),
             "eagle_config": {
@@ -107,9 +116,8 @@ class Eagle3Format(PublicFormat):
     def read_config(self, contents: dict[str, Any]) -> Eagle3Config:
         contents = self.facts(contents)
         eagle_config = contents.get("eagle_config") or {}
-        for key in ("norm_before_fc", "norm_before_residual"):
-            if eagle_config.get(key, contents.get(key)):
-                raise ValueError(f"{key}=true is a variant of EAGLE-3 that is not known here")
+        if eagle_config.get("norm_before_fc", contents.get("norm_before_fc")):
+            raise ValueError("norm_before_fc=true is a variant of EAGLE-3 that is not known here")
         layers = eagle_config.get("eagle_aux_hidden_state_layer_ids")
         if layers is None and (inputs := contents.get("eagle_aux_hidden_state_layer_ids")):
             layers = [layer - 1 for layer in inputs]
@@ -119,6 +127,7 @@ class Eagle3Format(PublicFormat):
             draft_vocab_size=contents.get("draft_vocab_size"),
             intermediate_size=contents.get("intermediate_size"),
             norm_output=bool(contents.get("norm_output", False)),
+            norm_before_residual=bool(contents.get("norm_before_residual", False)),
             fc_norm=bool(contents.get("fc_norm") or contents.get("use_aux_norm")),
         )
 
@@ -130,6 +139,7 @@ class Eagle3Format(PublicFormat):
         return {
             "aux_layer_ids": eagle3_layers(config, target),
             "norm_output": config.norm_output,
+            "norm_before_residual": config.norm_before_residual,
             "fc_norm": config.fc_norm,
         }
 

@@ -30,6 +30,9 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
     kind = "eagle3"
     architectures = ("Eagle3Speculator", "Eagle3DraftModel")
 
+    def check(self, config: DraftConfig) -> None:
+        pass  # vLLM serves all settings.
+
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, Eagle3Config)
         native = super().config_fields(config, target)
@@ -46,7 +49,7 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
             **speculators_fields(self.kind, target, layer, num_tokens=EAGLE3_TOKENS),
             "draft_vocab_size": native["draft_vocab_size"],
             "target_hidden_size": target.hidden_size,
-            "norm_before_residual": False,
+            "norm_before_residual": config.norm_before_residual,
             "norm_before_fc": False,
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
