@@ -16,9 +16,9 @@ from colospec.draft.dflash.public import SLIDING, DFlashFormat
 from colospec.draft.public import CardText
 from colospec.draft.speculators import (
     SpeculatorsFormat,
-    input_ids_of,
+    input_layers,
     layer_config,
-    output_ids_of,
+    output_layers,
     serve_with_vllm,
     speculators_fields,
 )
@@ -53,7 +53,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
             "target_hidden_size": target.hidden_size,
             "block_size": config.block_size,
             "mask_token_id": mask_token_id(config, target),
-            "aux_hidden_state_layer_ids": input_ids_of(block_layers(config, target)),
+            "aux_hidden_state_layer_ids": input_layers(block_layers(config, target)),
             "sliding_window_non_causal": not config.sliding_layers,
             "sample_from_anchor": False,
             "colospec": native["colospec"],
@@ -76,7 +76,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
         return layer | {
             "block_size": contents["block_size"],
             "mask_token_id": contents["mask_token_id"],
-            "target_layer_ids": output_ids_of(contents["aux_hidden_state_layer_ids"]),
+            "target_layer_ids": output_layers(contents["aux_hidden_state_layer_ids"]),
             "colospec": contents.get("colospec", {}),
         }
 
