@@ -78,12 +78,12 @@ def layer_config(contents: dict[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope["rope_theta"], **layer} if "rope_theta" in rope else layer
 
 
-def input_ids_of(layers: tuple[int, ...]) -> list[int]:
+def input_layers(layers: tuple[int, ...]) -> list[int]:
     """Translate our layers, named by their outputs, into layers named by their inputs."""
     return [layer + 1 for layer in layers]
 
 
-def output_ids_of(layers: list[int] | None) -> list[int] | None:
+def output_layers(layers: list[int] | None) -> list[int] | None:
     """Translate layers named by their inputs into ours. Raises ValueError for the embedding."""
     if layers is None:
         return None

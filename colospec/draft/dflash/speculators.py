@@ -16,9 +16,9 @@ from colospec.draft.dflash.public import SLIDING, DFlashFormat
 from colospec.draft.public import CardText
 from colospec.draft.speculators import (
     SpeculatorsFormat,
-    input_ids_of,
+    input_layers,
     layer_config,
-    output_ids_of,
+    output_layers,
     serve_with_vllm,
     speculators_fields,
 )
@@ -69,7 +69,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
             "target_hidden_size": target.hidden_size,
             "block_size": config.block_size,
             "mask_token_id": mask,
-            "aux_hidden_state_layer_ids": input_ids_of(layers),
+            "aux_hidden_state_layer_ids": input_layers(layers),
             "sliding_window_non_causal": not config.sliding_layers,
             "sample_from_anchor": self.from_anchor,
             **{key: native[key] for key in self.heads},
@@ -97,7 +97,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
         return layer | {
             "block_size": contents["block_size"],
             "mask_token_id": contents["mask_token_id"],
-            "target_layer_ids": output_ids_of(contents["aux_hidden_state_layer_ids"]),
+            "target_layer_ids": output_layers(contents["aux_hidden_state_layer_ids"]),
             **{key: contents[key] for key in self.heads if key in contents},
             "colospec": contents.get("colospec", {}),
         }

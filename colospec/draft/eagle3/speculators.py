@@ -15,9 +15,9 @@ from colospec.draft.eagle3.public import EAGLE3_TOKENS, Eagle3Format
 from colospec.draft.public import CardText, layer_fields
 from colospec.draft.speculators import (
     SpeculatorsFormat,
-    input_ids_of,
+    input_layers,
     layer_config,
-    output_ids_of,
+    output_layers,
     serve_with_vllm,
     speculators_fields,
 )
@@ -31,7 +31,7 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
     architectures = ("Eagle3Speculator", "Eagle3DraftModel")
 
     def check(self, config: DraftConfig) -> None:
-        pass  # vLLM serves all settings.
+        """vLLM serves all settings."""
 
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, Eagle3Config)
@@ -54,7 +54,7 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
             "fc_norm": config.fc_norm,
             "norm_output": config.norm_output,
             "embed_requires_grad": False,
-            "eagle_aux_hidden_state_layer_ids": input_ids_of(layers),
+            "eagle_aux_hidden_state_layer_ids": input_layers(layers),
             "colospec": native["colospec"],
         }
 
@@ -67,7 +67,7 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
             "norm_before_fc": contents.get("norm_before_fc", False),
             "norm_before_residual": contents.get("norm_before_residual", True),
             "eagle_config": {
-                "eagle_aux_hidden_state_layer_ids": output_ids_of(
+                "eagle_aux_hidden_state_layer_ids": output_layers(
                     contents.get("eagle_aux_hidden_state_layer_ids")
                 )
             },
