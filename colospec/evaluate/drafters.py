@@ -204,7 +204,7 @@ class BlockDrafter:
     ) -> Proposal:
         """Read what is new, and draft one block behind the last token."""
         self._check(num_tokens)
-        self._model.read(aux, self._caches)
+        self._model.read(token_ids[self._caches[0].length + 1 :], aux, self._caches)
         assert self._caches[0].length == len(token_ids) - 1
         probabilities: list[Tensor] = []
 
@@ -224,7 +224,7 @@ class BlockDrafter:
         self.start()
         predicted, known = [], 0
         for start in range(first, len(token_ids) - num_tokens + 1):
-            self._model.read(aux[known : start - 1], self._caches)
+            self._model.read(token_ids[known + 1 : start], aux[known : start - 1], self._caches)
             known = start - 1
             predicted.append(self._told(token_ids[start - 1 : start + num_tokens]))
         return torch.stack(predicted)

@@ -57,7 +57,7 @@ class Oracle(dflash_oracle.Oracle):
 
         def add(name, value, weight=1.0):
             old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + float(value) * weight, old[1] + weight)
+            sums[name] = (old[0] + float(torch.as_tensor(value).detach()) * weight, old[1] + weight)
 
         for anchor in anchors:
             states = self.states(ids, batch.features.aux_hidden_states, anchor)

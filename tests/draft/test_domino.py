@@ -143,7 +143,7 @@ def test_decoding_told_the_text_gives_the_logits_that_training_compares(shift, g
     assert number == (4 if shift else 3)
     for anchor in (2, 7, 12):
         expected = [z for _, z in oracle.pairs(oracle.states(ids, aux, anchor), ids[anchor:])]
-        draft.read(aux[known:anchor], caches)
+        draft.read(ids[known + 1 : anchor + 1], aux[known:anchor], caches)
         known = anchor
         found = []
 

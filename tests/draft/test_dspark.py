@@ -169,7 +169,7 @@ def test_decoding_told_the_text_gives_the_logits_that_training_compares(kind, ge
     oracle, caches, known = Oracle(draft, target), draft.start(), 0
     for anchor in (2, 7, 12):
         expected = [z for z, _ in oracle.logits(oracle.states(ids, aux, anchor), ids[anchor:])]
-        draft.read(aux[known:anchor], caches)
+        draft.read(ids[known + 1 : anchor + 1], aux[known:anchor], caches)
         known = anchor
         found = []
 
@@ -188,7 +188,8 @@ def test_a_chosen_token_changes_what_follows_and_nothing_before(generator):
     target = make_target()
     draft = make_draft(make_config(), target, generator=generator)
     caches = draft.start()
-    draft.read(torch.randn(3, 5 * target.hidden_size, dtype=torch.float64), caches)
+    aux = torch.randn(3, 5 * target.hidden_size, dtype=torch.float64)
+    draft.read(torch.tensor([2, 3, 1]), aux, caches)
 
     def logits(choice):
         found = []

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from colospec.config import DraftConfig
 from colospec.draft import registry
-from colospec.draft.dflash.config import BlockConfig, DFlashConfig
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.domino.config import DominoConfig
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
+from colospec.draft.peagle.config import PEagleConfig
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
 from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import BlockDrafter, open_drafter
@@ -21,24 +23,33 @@ from colospec.target import Target
 from tests.engine import targets
 from tests.evaluate.models import CPU, random_prompts
 
-CONFIGS: list[BlockConfig] = [
+CONFIGS: list[DraftConfig] = [
     DFlashConfig(num_layers=2, block_size=5, sliding_layers=[1], sliding_window=7),
     *(DSparkConfig(num_layers=2, block_size=4, markov_rank=8, markov_head_type=kind)
       for kind in MarkovHeadType),
     *(DominoConfig(num_layers=2, block_size=4 + (not shift), shift_label=shift, emb_dim=8)
       for shift in (True, False)),
+    PEagleConfig(num_layers=2, num_depths=4, draft_vocab_size=None),
+    PEagleConfig(num_layers=2, num_depths=4, draft_vocab_size=3),
 ]  # fmt: skip
-NAMES = ["dflash", *MarkovHeadType.__members__, "domino", "domino-unshifted"]
+NAMES = [
+    "dflash",
+    *MarkovHeadType.__members__,
+    "domino",
+    "domino-unshifted",
+    "peagle",
+    "peagle-pruned",
+]
 every_draft = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 
 
 def make(
-    path: Path, config: BlockConfig, *, seed: int, **changes: object
+    path: Path, config: DraftConfig, *, seed: int, **changes: object
 ) -> tuple[Target, TargetDecoder, BlockDrafter]:
     settings = {"head_dim": 12, "eos_token_id": None} | changes
     target = Target.load(targets.save(path, "Qwen3", seed=seed, **settings))
     torch.manual_seed(seed)
-    model = registry.build(config, target, token_counts=None)
+    model = registry.build(config, target, token_counts=torch.rand(target.vocab_size))
     for name, parameter in model.named_parameters():
         if "markov" in name or "embed_proj" in name:
             torch.nn.init.normal_(parameter)  # large enough to change what is chosen
@@ -49,7 +60,7 @@ def make(
 
 @every_draft
 def test_greedy_output_equals_plain_decoding(
-    tmp_path: Path, config: BlockConfig, random_seed: int
+    tmp_path: Path, config: DraftConfig, random_seed: int
 ) -> None:
     target, decoder, drafter = make(tmp_path, config, seed=random_seed)
     prompts = random_prompts(4, vocab_size=target.vocab_size, seed=random_seed)
@@ -65,7 +76,7 @@ def test_greedy_output_equals_plain_decoding(
 
 @every_draft
 def test_joint_length_is_that_of_blocks_started_at_every_place(
-    tmp_path: Path, config: BlockConfig, random_seed: int
+    tmp_path: Path, config: DraftConfig, random_seed: int
 ) -> None:
     _, decoder, drafter = make(tmp_path, config, seed=random_seed, vocab_size=8)
     (prompt,) = random_prompts(1, vocab_size=8, seed=random_seed)
@@ -93,7 +104,7 @@ def test_joint_length_is_that_of_blocks_started_at_every_place(
 
 @every_draft
 def test_sampled_tokens_follow_the_targets_distribution(
-    tmp_path: Path, config: BlockConfig, random_seed: int
+    tmp_path: Path, config: DraftConfig, random_seed: int
 ) -> None:
     """The second token of a vocabulary of four: chi-square against the exact odds."""
     _, decoder, drafter = make(
@@ -126,7 +137,7 @@ def test_sampled_tokens_follow_the_targets_distribution(
 
 @every_draft
 def test_a_chain_longer_than_the_block_is_refused(
-    tmp_path: Path, config: BlockConfig, random_seed: int
+    tmp_path: Path, config: DraftConfig, random_seed: int
 ) -> None:
     target, decoder, drafter = make(tmp_path, config, seed=random_seed)
     prompts = random_prompts(1, vocab_size=target.vocab_size, seed=random_seed)
