@@ -100,9 +100,10 @@ class PublicFormat:
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPPING)
 
 
-def vllm_command(method: str, num_tokens: int) -> str:
-    """Return the card's command for vLLM; `num_tokens` are drafted before they are verified."""
-    settings = {"method": method, "model": "DRAFT", "num_speculative_tokens": num_tokens}
+def vllm_command(method: str, num_tokens: int, **more: Any) -> str:
+    """Return the card's command for vLLM; `num_tokens` are drafted before they are verified, and
+    `more` are other settings of its speculative config."""
+    settings = {"method": method, "model": "DRAFT", "num_speculative_tokens": num_tokens, **more}
     return f"    vllm serve TARGET \\\n        --speculative-config '{json.dumps(settings)}'\n"
 
 

@@ -63,11 +63,11 @@ def speculators_fields(
     }
 
 
-def serve_with_vllm(contents: dict[str, Any], method: str, num_tokens: int) -> str:
+def serve_with_vllm(contents: dict[str, Any], method: str, num_tokens: int, **more: Any) -> str:
     """Return the card's commands: vLLM looks the target up only if it is named as a repository."""
     verifier = contents["speculators_config"]["verifier"]["name_or_path"]
     intro = "vLLM (0.33):\n" if verifier.startswith("/") else _ALONE
-    return f"{intro}\n{vllm_command(method, num_tokens)}"
+    return f"{intro}\n{vllm_command(method, num_tokens, **more)}"
 
 
 def layer_config(contents: dict[str, Any]) -> dict[str, Any]:

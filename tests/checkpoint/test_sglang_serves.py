@@ -169,7 +169,7 @@ def compare_chain(model: Any, draft: Any, aux: Tensor, token_ids: Tensor) -> dic
 def compare_block(model: Any, draft: Any, aux: Tensor, token_ids: Tensor) -> dict[str, float]:
     """Draft one block behind a prompt in both."""
     caches = draft.start()
-    draft.read(aux, caches)
+    draft.read(token_ids, aux, caches)
     said: list[Tensor] = []
 
     def greedy(logits: Tensor) -> Tensor:

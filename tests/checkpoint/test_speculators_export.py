@@ -22,6 +22,7 @@ from colospec.draft.layer import KVCache
 from tests.checkpoint import test_dflash_export as dflash
 from tests.checkpoint import test_dspark_export as dspark
 from tests.checkpoint import test_export as eagle3
+from tests.checkpoint import test_peagle_export as peagle
 from tests.checkpoint.test_export import (
     HEAD_DIM,
     HEADS,
@@ -40,6 +41,7 @@ MAKERS = {
     "eagle3": eagle3.make_draft,
     "dflash": dflash.make_draft,
     "dspark": dspark.make_draft,
+    "peagle": peagle.make_draft,
 }
 GOLDEN = {
     "eagle3": {name.replace("midlayer.", "layers.0."): s for name, s in eagle3.GOLDEN.items()},
@@ -51,6 +53,7 @@ GOLDEN = {
         "confidence_head.proj.weight": [1, H + dspark.R],
         "confidence_head.proj.bias": [1],
     },
+    "peagle": peagle.GOLDEN | {"lm_head.weight": [W, H], "d2t": [W], "t2d": [V]},
 }
 
 
@@ -199,6 +202,21 @@ def test_a_dspark_config_is_that_of_dflash_and_its_heads(target, tmp_path):
     assert other.keys() <= contents.keys()
 
 
+def test_a_peagle_config_is_that_of_eagle3_and_its_mask(target, tmp_path):
+    _, contents = exported("peagle", target, tmp_path / "out", mask_token_id=3)
+    _, other = exported("eagle3", target, tmp_path / "other")
+    different = {key: contents[key] for key in contents if contents[key] != other.get(key)}
+    methods = different.pop("speculators_config")["proposal_methods"]
+    assert [method["speculative_tokens"] for method in methods] == [5]
+    assert different.pop("transformer_layer_config")["num_hidden_layers"] == 2
+    assert different.pop("colospec")["num_depths"] == 5
+    assert different == {
+        "architectures": ["PEagleSpeculator"],
+        "speculators_model_type": "peagle",
+        "mask_token_id": 3,
+    }
+
+
 @pytest.mark.parametrize("kind", ["gated", "rnn"])
 def test_a_head_that_vllm_does_not_have_is_refused(target, tmp_path, kind):
     head = dspark.MarkovHeadType(kind)
@@ -325,19 +343,24 @@ def load_in_speculators(_rank, directory, inputs):
         empty = [name for name, p in model.state_dict().items() if p.isnan().any()]
         model.save_pretrained(str(directory / f"{name}-theirs"))
         with torch.no_grad():
-            run = chain_in_speculators if name.startswith("eagle3") else block_in_speculators
+            run = block_in_speculators if name.startswith("d") else chain_in_speculators
             logits = run(model, *inputs).numpy()
         found[name] = type(model).__name__, empty, logits
     return found
 
 
 def chain_in_speculators(model, ids, aux, _tokens):
+    """With masks behind the tokens, if the draft has them."""
+    if hasattr(model, "mask_hidden"):
+        ids = torch.cat([ids, torch.full((4,), model.config.mask_token_id)])
+        aux = torch.cat([aux, model.mask_hidden.view(1, -1).expand(4, -1)])
     states = torch.cat([model.embed_tokens(ids), model.fc(aux)], dim=-1)[None]
     positions = torch.arange(len(ids))[None]
     mask = torch.full((1, 1, len(ids), len(ids)), float("-inf")).triu(1)
     table = model.rotary_emb(states, positions)
-    out = model.layers[0](states, attention_mask=mask, position_embeddings=table)
-    return model.lm_head(model.norm(out[0]))
+    for layer in model.layers:
+        states = layer(states, attention_mask=mask, position_embeddings=table)
+    return model.lm_head(model.norm(states[0]))
 
 
 def block_in_speculators(model, ids, aux, tokens):
@@ -366,6 +389,7 @@ CLASSES = {
     "eagle3": "Eagle3DraftModel",
     "dflash": "DFlashDraftModel",
     "dspark": "DSparkDraftModel",
+    "peagle": "PEagleDraftModel",
 }
 RUNS = {
     "eagle3": {},
@@ -373,6 +397,7 @@ RUNS = {
     "dflash": {},
     "dflash sliding": {"sliding_layers": [0, 1], "sliding_window": 6},
     "dspark": {},
+    "peagle": {"draft_vocab_size": None},
 }
 
 
@@ -382,7 +407,7 @@ def ours(draft, ids, aux, tokens):
         positions = torch.arange(len(ids))
         return draft.decode(ids, draft.project(aux), positions, KVCache())[0]
     caches, said, chosen = draft.start(), [], iter(tokens[1:].split(1))
-    draft.read(aux, caches)
+    draft.read(ids, aux, caches)
 
     def choose(logits):
         said.append(logits)
@@ -406,7 +431,9 @@ def test_speculators_computes_what_we_compute_and_we_load_what_it_saves(target, 
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
         export(draft, config, target, tmp_path / name, format=SPECULATORS, dtype=torch.float32)
         drafts[name] = draft
-    inputs = torch.randint(V, (11,)), torch.randn(11, 3 * H), torch.randint(V, (6,))
+    ids = torch.randint(V, (11,))
+    # The token behind the last one is the first given.
+    inputs = ids, torch.randn(11, 3 * H), torch.cat([ids[-1:], torch.randint(V, (5,))])
 
     (found,) = run_ranks(load_in_speculators, 1, tmp_path, inputs, timeout_s=120)
 
