@@ -7,7 +7,7 @@ top level number j means the input of layer j.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.eagle3.config import Eagle3Config
@@ -34,7 +34,7 @@ checkpoint again with
 class PEagleFormat(PublicFormat):
     """`PEagleDraftModel`, the names of vLLM and of the published trainers."""
 
-    architectures = ("PEagleDraftModel",)
+    architectures: ClassVar[tuple[str, ...]] = ("PEagleDraftModel",)
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, PEagleConfig)
