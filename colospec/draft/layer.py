@@ -105,10 +105,14 @@ class Attention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer over the pair of token embedding and hidden state."""
+    """One decoder layer over the pair of token embedding and hidden state.
 
-    def __init__(self, shape: LayerShape) -> None:
+    It adds to the hidden state, or with `norm_before_residual` to the normed one.
+    """
+
+    def __init__(self, shape: LayerShape, *, norm_before_residual: bool = False) -> None:
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.eps)
         self.self_attn = Attention(shape)
@@ -121,6 +125,8 @@ class DraftLayer(nn.Module):
         """Return the next hidden states [T, D], before any norm; `embeds` and `hidden` [T, D]."""
         left, right, after = self.input_layernorm, self.hidden_norm, self.post_attention_layernorm
         pair = _NormPair.apply(embeds, hidden, left.weight, right.weight, left.eps)  # type: ignore[no-untyped-call]
+        if self.norm_before_residual:
+            hidden = pair[:, embeds.shape[1] :].contiguous()
         branch = self.self_attn(pair, table, attend)
         hidden, normed = _AddNorm.apply(hidden, branch, after.weight, after.eps)  # type: ignore[no-untyped-call]
         return hidden + self.mlp(normed)  # type: ignore[no-any-return]

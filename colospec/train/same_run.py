@@ -14,6 +14,7 @@ _MAY_CHANGE = {
     "data.max_filtered_fraction", "draft.chunk_tokens", "trainer.max_steps", "trainer.epochs",
     "trainer.log_interval", "trainer.save_interval", "trainer.keep", "trainer.best_metric",
     "trainer.accumulation", "trainer.max_skipped_steps", "trainer.init_from",
+    "trainer.init_vocab", "export",
 }  # fmt: skip
 
 
