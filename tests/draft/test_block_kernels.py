@@ -1,0 +1,106 @@
+"""The kernels of block drafters under Triton's interpreter, against the plain path in float64.
+
+Where there is a GPU, they run compiled in tests/gpu instead, unless TRITON_INTERPRET=1 is set.
+"""
+
+import os
+
+import pytest
+import torch
+
+from colospec.draft.block_attention import block_attention
+from colospec.draft.kernels import choice
+from tests.draft.block_cases import make_blocks, make_leaves
+from tests.draft.interpreter import mend
+from tests.draft.numerics import agree, backward
+
+if not torch.cuda.is_available():
+    # Read when a kernel is defined, and the product imports none without a GPU.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="needs triton, which comes with torch for CUDA")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="compiled here: needs TRITON_INTERPRET=1"
+)
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Use the kernels on the CPU, for all but float64."""
+    mend(monkeypatch)
+    monkeypatch.setattr(choice, "fused", lambda tensor: tensor.dtype is not torch.float64)
+
+
+@pytest.fixture
+def seed():
+    return torch.seed() % 2**31
+
+
+def bound(dtype):
+    """A few roundings of the type."""
+    return 1e-5 if dtype is torch.float32 else 1.5e-2
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles small enough for short documents to have several."""
+    from colospec.draft.kernels import block_attention as forward
+    from colospec.draft.kernels import block_attention_backward as backward
+
+    tile = forward.Tile(rows=16, keys=16, num_warps=4, num_stages=1)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "fit", lambda *_: tile)
+    monkeypatch.setattr(backward, "LANES", 8)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 2, 5, 40])
+@pytest.mark.parametrize("lengths", [[3], [1, 90, 2, 5, 4, 41]], ids=str)
+@pytest.mark.parametrize(
+    ("size", "heads", "head_dim"), [(7, (4, 2), 16), (16, (3, 3), 24), (2, (5, 1), 8)], ids=str
+)
+def test_block_attention(seed, dtype, window, lengths, size, heads, head_dim):
+    torch.manual_seed(seed)
+    blocks = make_blocks(lengths, size=size, num_anchors=12, density=2.0)
+
+    def attend(query, key, value, own_key, own_value):
+        return block_attention(query, (key, value), (own_key, own_value), blocks, window=window)
+
+    agree(attend, make_leaves(blocks, heads, head_dim, dtype), 2 * bound(dtype))
+
+
+def test_block_attention_in_tiles_of_the_gpu(seed):
+    torch.manual_seed(seed)
+    blocks = make_blocks([150, 30], size=8, num_anchors=40)
+
+    def attend(query, key, value, own_key, own_value):
+        return block_attention(query, (key, value), (own_key, own_value), blocks, window=None)
+
+    agree(attend, make_leaves(blocks, (4, 1), 16, torch.bfloat16), 3e-2)
+
+
+def test_block_attention_without_blocks_gives_zero_gradients_to_the_context():
+    blocks = make_blocks([9], size=4, num_anchors=3, density=0.0)
+    leaves = make_leaves(blocks, (4, 2), 16, torch.float32)
+    leaves[1], leaves[2] = torch.randn(5, 2, 16), torch.randn(5, 2, 16)
+
+    found, grads = backward(
+        lambda q, k, v, *own: block_attention(q, (k, v), own, blocks, window=None), leaves
+    )
+
+    assert found[0].shape == (0, 4, 16)
+    assert not any(grad.any() for grad in grads)
+
+
+def test_large_scores_stay_finite():
+    blocks = make_blocks([40], size=4, num_anchors=9, density=2.0)
+    leaves = make_leaves(blocks, (2, 2), 16, torch.float32)
+    leaves[0] *= 300
+
+    found, grads = backward(
+        lambda q, k, v, *own: block_attention(q, (k, v), own, blocks, window=None), leaves
+    )
+
+    assert all(tensor.isfinite().all() for tensor in (*found, *grads))
