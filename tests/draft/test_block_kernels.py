@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from colospec.draft.block_attention import block_attention
+from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
+from colospec.draft.layer import RMSNorm
+from colospec.draft.rows import norm_rotate
 from tests.draft.block_cases import make_blocks, make_leaves
+from tests.draft.cases import make_target
 from tests.draft.interpreter import mend
-from tests.draft.numerics import agree, backward
+from tests.draft.numerics import agree, backward, error
+from tests.draft.test_dflash import gradients, make_config, make_draft, make_inputs
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, and the product imports none without a GPU.
@@ -104,3 +109,74 @@ def test_large_scores_stay_finite():
     )
 
     assert all(tensor.isfinite().all() for tensor in (*found, *grads))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("vocab_size", [1, 37, 4096, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cross_entropy(seed, dtype, vocab_size, gradients):
+    torch.manual_seed(seed)
+    # Products of small whole numbers are exact in every type, and often equal.
+    hidden, head = (torch.randint(-2, 3, (n, 6)).to(dtype) for n in (23, vocab_size))
+    labels = torch.randint(0, vocab_size, (23,))
+    labels[:9] = (hidden[:9].double() @ head.double().T).argmax(-1)
+    weights = torch.rand(23, dtype=torch.float32)
+
+    def run(kind):
+        leaf = hidden.detach().clone().to(kind).requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            loss, right = head_cross_entropy(leaf, head.to(kind), labels, chunk_tokens=7)
+        if gradients:
+            (loss * weights).sum().backward()
+        return loss.detach(), right, leaf.grad
+
+    loss, right, grad = run(dtype)
+    expected, wanted, exact = run(torch.float64)
+
+    assert loss.dtype is torch.float32
+    assert error(loss, expected) < 1e-5 or vocab_size == 1
+    assert torch.equal(right, wanted)
+    assert right[:9].all()
+    if gradients:
+        assert (grad.double() - exact).norm() <= bound(dtype) * exact.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_heads", "half"), [(3, 8), (4, 3), (1, 4)], ids=str)
+def test_norm_and_rotation_of_heads(seed, monkeypatch, dtype, num_heads, half):
+    from colospec.draft.kernels import heads as kernels
+
+    monkeypatch.setattr(kernels, "NUM_PROGRAMS", 4)
+    torch.manual_seed(seed)
+    norm, exact = RMSNorm(16, 1e-5).to(dtype), RMSNorm(16, 1e-5).double()
+    norm.weight.data = torch.randn(16).to(dtype)
+    exact.weight.data = norm.weight.data.double()
+    angles = torch.randn(11, 1, half)
+    table = 1.3 * angles.cos(), 1.3 * angles.sin()
+    states = torch.randn(11, num_heads * 16).to(dtype)
+
+    def call(module):
+        return lambda leaf: norm_rotate(leaf, module, table)
+
+    agree(call(norm), [states], bound(dtype), wide=call(exact))
+    call(norm)(states).square().sum().backward()
+    call(exact)(states.double()).square().sum().backward()
+    assert error(norm.weight.grad, exact.weight.grad) < bound(dtype)
+
+
+@pytest.mark.parametrize("sliding", [{}, {"sliding_layers": [1], "sliding_window": 6}])
+@pytest.mark.parametrize("lengths", [[1, 9, 2, 30], [1], []], ids=str)
+def test_the_whole_draft(seed, lengths, sliding):
+    generator = torch.Generator().manual_seed(seed)
+    target = make_target()
+    draft = make_draft(make_config(**sliding), target, generator=generator, dtype=torch.float32)
+    batch = make_inputs(lengths, target, generator=generator, dtype=torch.float32)
+
+    terms, grads = gradients(draft, batch)
+
+    exact, expected = gradients(draft.double(), batch)
+    assert terms.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4, abs=1e-9)
+    assert terms.denominator.item() == pytest.approx(exact.denominator.item(), rel=1e-6)
+    for name, grad in grads.items():
+        size = expected[name].norm().item()
+        assert (grad.double() - expected[name]).norm().item() <= 1e-3 * size + 1e-6, name
