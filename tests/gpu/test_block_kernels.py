@@ -43,17 +43,21 @@ def some_lengths(count, longest):
     return torch.randint(1, longest, (count,)).tolist()
 
 
-@pytest.mark.parametrize("window", [None, 2, 60, 300])
-@pytest.mark.parametrize(("size", "num_anchors"), [(7, 400), (8, 20), (16, 512), (16, 3), (150, 9)])
 @pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype"),
+    ("size", "num_anchors", "window", "heads", "head_dim", "dtype"),
     [
-        ((8, 2), 128, BF16), ((4, 4), 64, BF16), ((6, 2), 96, BF16), ((20, 1), 16, BF16),
-        ((2, 1), 256, BF16), ((4, 2), 64, torch.float32), ((4, 2), 8, torch.float16),
+        (16, 512, None, (8, 2), 128, BF16),
+        (16, 512, 300, (8, 2), 128, BF16),
+        (8, 20, 60, (4, 4), 64, BF16),
+        (7, 400, None, (6, 2), 96, BF16),
+        (150, 9, 2, (20, 1), 16, BF16),
+        (16, 3, None, (2, 1), 256, BF16),
+        (7, 400, 60, (4, 2), 64, torch.float32),
+        (8, 400, None, (4, 2), 8, torch.float16),
     ],
     ids=str,
-)  # fmt: skip
-def test_block_attention(seed, window, size, num_anchors, heads, head_dim, dtype):
+)
+def test_block_attention(seed, size, num_anchors, window, heads, head_dim, dtype):
     torch.manual_seed(seed)
     lengths = [1, 600, 2, *some_lengths(3, 400)]
     blocks = make_blocks(lengths, size=size, num_anchors=num_anchors)
