@@ -10,7 +10,8 @@ import torch
 
 from colospec import topology
 from colospec.batch import Features
-from colospec.config import DataConfig, Eagle3Config, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.train.job import Job, Start
 from colospec.train.trainer import Trainer
 from tests import tiny
@@ -82,7 +83,8 @@ def start(run):
     gpus = torch.cuda.device_count()
     places = topology.build(run.mode, world_size=1, local_world_size=1, visible_gpus=gpus).places
     device = torch.device(places[0].device)
-    world = SimpleNamespace(place=places[0], device=device, limit=run.limit)
+    watchdog = SimpleNamespace(beat=lambda: None)
+    world = SimpleNamespace(place=places[0], device=device, limit=run.limit, watchdog=watchdog)
     job = Job.load(run, num_trainers=1, progress=False)
     trainer, loop = Trainer(job, world, Path(run.run_dir)), Loop(job, device)
     steps = job.steps(Start())
