@@ -57,6 +57,7 @@ def small_tiles(monkeypatch):
     for module in (forward, backward):
         monkeypatch.setattr(module, "fit", lambda *_: tile)
     monkeypatch.setattr(backward, "LANES", 8)
+    monkeypatch.setattr(backward, "PROGRAMS", 7)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -2,7 +2,7 @@
 
 Probabilities are computed again from the sums that the forward pass kept. Three kernels: queries,
 tile by tile as in the forward pass; keys and values of the context, a tile of rows with all blocks
-behind it; keys and values of the slots themselves.
+behind it, or a share of them; keys and values of the slots themselves.
 
 Shape letters: N blocks of b slots, C context rows, Q query heads, M key-value heads (M divides Q),
 D head size.
@@ -29,11 +29,14 @@ from colospec.draft.kernels.block_attention import (
     tile_of,
 )
 
-QUERIES = Tile(rows=128, keys=64, num_warps=8, num_stages=2)
-CONTEXT = Tile(rows=64, keys=128, num_warps=8, num_stages=2)
-OWN = Tile(rows=128, keys=16, num_warps=8, num_stages=1)
+QUERIES = Tile(rows=128, keys=64, num_warps=8, num_stages=3)
+CONTEXT = Tile(rows=64, keys=128, num_warps=8, num_stages=3)
+OWN = Tile(rows=64, keys=16, num_warps=4, num_stages=1)
 # Blocks that a program looks at together, to find those that see its context rows.
 LANES = 1024
+# Programs that fill a large GPU. The first rows of a document have work from all its blocks, and
+# where there is little context, they share it among several programs.
+PROGRAMS = 512
 
 
 def attend_backward(
@@ -49,26 +52,30 @@ def attend_backward(
 
     Arguments and results of `attend`; `grad` [N * b, Q, D] is contiguous too.
     """
-    grads = tuple(torch.empty_like(part) for part in (*context, *block))
     grad_query, delta = torch.empty_like(query), torch.empty_like(norm)
+    own_grads = torch.empty_like(block[0]), torch.empty_like(block[1])
     if not len(query):
-        return grad_query, *(part.zero_() for part in grads)  # type: ignore[return-value]
+        return grad_query, *(torch.zeros_like(part) for part in context), *own_grads
     key, tables, count = context[0], (reach.starts, reach.ends), len(reach.ends)
     tile = fit(QUERIES, query)
     _query_kernel[grid(query, key, reach, tile)](
         query, *context, *block, *tables, out, grad, norm, delta, grad_query, count,
         keys=tile.keys, **settings(query, key, reach, tile),
     )  # fmt: skip
-    tile = fit(CONTEXT, query)
-    _context_kernel[triton.cdiv(len(key), tile.keys), key.shape[1]](
-        query, *context, *tables, grad, norm, delta, *grads[:2], count, len(key),
-        lanes=LANES, keys=tile.keys, **settings(query, key, reach, tile),
-    )  # fmt: skip
     tile = fit(OWN, query)
     _own_kernel[grid(query, key, reach, tile)](
-        query, *block, grad, norm, delta, *grads[2:], count, **settings(query, key, reach, tile)
+        query, *block, grad, norm, delta, *own_grads, count, **settings(query, key, reach, tile)
     )
-    return grad_query, *grads  # type: ignore[return-value]
+    tile = fit(CONTEXT, query)
+    tiles, heads = triton.cdiv(len(key), tile.keys), key.shape[1]
+    shares = min(16, triton.cdiv(PROGRAMS, tiles * heads))
+    parts = key.new_empty(2, shares, *key.shape, dtype=torch.float32)
+    _context_kernel[tiles, heads, shares](
+        query, *context, *tables, grad, norm, delta, *parts, count, len(key),
+        lanes=LANES, keys=tile.keys, **settings(query, key, reach, tile),
+    )  # fmt: skip
+    grad_key, grad_value = parts.sum(1).to(key.dtype)
+    return grad_query, grad_key, grad_value, *own_grads
 
 
 @triton.jit
@@ -208,6 +215,8 @@ def _context_kernel(
     width: tl.constexpr,
 ) -> None:
     kv_head = tl.program_id(1)
+    share = tl.program_id(2)
+    shares = tl.num_programs(2)
     first = tl.program_id(0) * keys
     place = first + tl.arange(0, keys)
     exists = place < num_context
@@ -236,8 +245,9 @@ def _context_kernel(
     count = (tl.maximum(to_slot - from_slot, 0) + slots - 1) // slots
     before = ((whole_from - begin) * size + slots - 1) // slots
     whole = tl.maximum((whole_to - begin) * size // slots - before, 0)
+    part = count - whole
 
-    for tile in range(before, before + whole):
+    for tile in range(before + whole * share // shares, before + whole * (share + 1) // shares):
         slot, head, inside = rows_of(from_slot + tile * slots, to_slot, slots, heads, group)
         row = slot.to(tl.int64) * num_heads + kv_head * group + head
         q = load_rows(query, row * head_dim, inside, heads != group, head_dim, width)
@@ -247,7 +257,7 @@ def _context_kernel(
         total_key, total_value = _weigh_keys(
             q, k, v, grad, norm, delta, exists, False, scale, total_key, total_value
         )
-    for number in range(0, count - whole):
+    for number in range(part * share // shares, part * (share + 1) // shares):
         tile = tl.where(number < before, number, number + whole)
         slot, head, inside = rows_of(from_slot + tile * slots, to_slot, slots, heads, group)
         row = slot.to(tl.int64) * num_heads + kv_head * group + head
@@ -264,9 +274,9 @@ def _context_kernel(
     total_key *= scale * 0.6931471805599453
     column = tl.arange(0, width)[None, :]
     mine = exists[:, None] & (column < head_dim)
-    kind = grad_key.dtype.element_ty
-    tl.store(grad_key + at[:, None] + column, total_key.to(kind), mask=mine)
-    tl.store(grad_value + at[:, None] + column, total_value.to(kind), mask=mine)
+    at += share.to(tl.int64) * num_context * (num_kv_heads * head_dim)
+    tl.store(grad_key + at[:, None] + column, total_key, mask=mine)
+    tl.store(grad_value + at[:, None] + column, total_value, mask=mine)
 
 
 @triton.jit(do_not_specialize=["num_blocks"])
