@@ -55,7 +55,7 @@ def attend_backward(
     grad_query, delta = torch.empty_like(query), torch.empty_like(norm)
     own_grads = torch.empty_like(block[0]), torch.empty_like(block[1])
     if not len(query):
-        return grad_query, *(torch.zeros_like(part) for part in context), *own_grads
+        return grad_query, torch.zeros_like(context[0]), torch.zeros_like(context[1]), *own_grads
     key, tables, count = context[0], (reach.starts, reach.ends), len(reach.ends)
     tile = fit(QUERIES, query)
     _query_kernel[grid(query, key, reach, tile)](
