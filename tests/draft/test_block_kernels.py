@@ -32,8 +32,12 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Use the kernels on the CPU, for all but float64."""
+    """Use the kernels on the CPU, for all but float64; few programs, as each takes its time."""
+    from colospec.draft.kernels import heads, norm
+
     mend(monkeypatch)
+    for module in (heads, norm):
+        monkeypatch.setattr(module, "NUM_PROGRAMS", 4)
     monkeypatch.setattr(choice, "fused", lambda tensor: tensor.dtype is not torch.float64)
 
 
@@ -144,10 +148,7 @@ def test_cross_entropy(seed, dtype, vocab_size, gradients):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "half"), [(3, 8), (4, 3), (1, 4)], ids=str)
-def test_norm_and_rotation_of_heads(seed, monkeypatch, dtype, num_heads, half):
-    from colospec.draft.kernels import heads as kernels
-
-    monkeypatch.setattr(kernels, "NUM_PROGRAMS", 4)
+def test_norm_and_rotation_of_heads(seed, dtype, num_heads, half):
     torch.manual_seed(seed)
     norm, exact = RMSNorm(16, 1e-5).to(dtype), RMSNorm(16, 1e-5).double()
     norm.weight.data = torch.randn(16).to(dtype)
