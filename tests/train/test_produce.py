@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,8 @@ class Plan:
     num_trainers: int
     seed: int
 
-    def steps(self, _start: Start) -> range:
-        return range(STEPS)
+    def work(self, _start: Start) -> Iterator[tuple[int, None]]:
+        return ((step, None) for step in range(STEPS))
 
     def micro_batches(self, step: int, trainer: int) -> Any:
         for index in range(trainer, self.num_trainers * ACCUMULATION, self.num_trainers):
