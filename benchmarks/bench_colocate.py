@@ -8,6 +8,8 @@ target with random weights, synthetic token ids, every position supervised. The 
 Qwen3-8B with Eagle3 (draft vocabulary of 32,000, 7 steps of training-time test) on four documents
 of 2048 tokens per micro-batch; `original_2` and `original_8` are the workload of the system that
 this one follows: the whole vocabulary, lengths with a mean of 850 tokens, 2 or 8 samples per step.
+`dflash` is the first with DFlash (5 layers, 512 anchors, blocks of 16), `dflash_70` has 360 anchors
+per sample, and `dflash_original_2` and `dflash_original_8` are the other two with it.
 
 `sum of shares` is R_both (1 / R_engine + 1 / R_trainer) in samples per second, the median over the
 windows: 1.0 means that colocation costs nothing, for two roles that wait for the same arithmetic.
@@ -30,11 +32,16 @@ from typing import Any
 
 import flops
 import numpy as np
+import torch
 from bench_ring import RESULTS, commit, machine
 from colocate_rank import settings
-from workloads import CELLS, TINY_TARGET, write_dataset
+from workloads import CELLS, TINY_TARGET, Cell, loss_mask, write_dataset
 
+from colospec.batch import Cursor, TokenBatch
 from colospec.config import RunConfig
+from colospec.draft import registry
+from colospec.draft.anchors import build_blocks, sample_anchors
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.launch import visible_gpus
 from colospec.mps.keeper import die_with
 from colospec.target import Target
@@ -60,17 +67,17 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
         *ALWAYS, *cell.overrides(arguments.gpus), f"mps={arguments.mps}",
         f"engine={arguments.engine}", *arguments.overrides,
     ]  # fmt: skip
-    if arguments.cell == "tiny":
+    if arguments.cell.startswith("tiny"):
         (directory / "tiny").mkdir()
         (directory / "tiny" / "config.json").write_text(json.dumps(TINY_TARGET))
         overrides.append(f"target.path={directory / 'tiny'}")
     run = settings(overrides)
     target = load_target(run)
-    lengths = cell.lengths(np.random.default_rng(0))
+    lengths, mask = samples(cell)
     plan = {
         "overrides": overrides,
         "directory": str(directory),
-        "dataset": str(write_dataset(directory, lengths, target.vocab_size)),
+        "dataset": str(write_dataset(directory, lengths, mask, target.vocab_size)),
         "windows": windows(arguments.windows, raw=arguments.raw),
         "seconds": arguments.seconds,
         "warm_s": min(arguments.seconds, 5.0),
@@ -117,25 +124,64 @@ def mean_parts(window: list[list[Any]]) -> dict[str, float]:
     }
 
 
-def work_per_sample(run: RunConfig, target: Target, lengths: np.ndarray) -> dict[str, float]:
+def samples(cell: Cell) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lengths of the cell's samples, and which of their tokens are supervised."""
+    rng = np.random.default_rng(0)
+    lengths = cell.lengths(rng)
+    return lengths, loss_mask(cell, lengths, rng)
+
+
+def work_per_sample(
+    run: RunConfig, target: Target, lengths: np.ndarray, mask: np.ndarray
+) -> dict[str, float]:
     """Return floating-point operations and supervised positions of the mean sample."""
-    draft: Any = run.draft
     sizes = lengths.tolist()
+    step, positions = (
+        _dflash_work(run.draft, target, lengths, mask)
+        if isinstance(run.draft, DFlashConfig)
+        else _eagle3_work(run.draft, target, sizes)
+    )
+    return {
+        "tokens": float(lengths.mean()),
+        "prefill_flop": flops.prefill(target, sizes) / len(sizes),
+        "train_flop": step / len(sizes),
+        **{name: count / len(sizes) for name, count in positions.items()},
+    }
+
+
+def _eagle3_work(draft: Any, target: Target, sizes: list[int]) -> tuple[float, dict[str, int]]:
     supervised = flops.Supervised.of(sizes, ttt_length=draft.ttt_length)
     step = flops.eagle3(
         target, sizes, supervised=supervised, ttt_length=draft.ttt_length,
         draft_vocab_size=draft.draft_vocab_size,
     )  # fmt: skip
-    return {
-        "tokens": float(lengths.mean()),
-        "prefill_flop": flops.prefill(target, sizes) / len(sizes),
-        "train_flop": step / len(sizes),
-        "teacher_rows": supervised.teacher_rows / len(sizes),
-        "supervised_positions": supervised.positions / len(sizes),
-    }
+    counted = {
+        "teacher_rows": supervised.teacher_rows, "supervised_positions": supervised.positions,
+    }  # fmt: skip
+    return step, counted
 
 
-def summarise(run: RunConfig, ranks: list[Any], lengths: np.ndarray, gpus: int) -> dict[str, Any]:
+def _dflash_work(
+    draft: DFlashConfig, target: Target, lengths: np.ndarray, mask: np.ndarray
+) -> tuple[float, dict[str, int]]:
+    """Count one draw of anchors."""
+    masks = [torch.from_numpy(part) for part in np.split(mask, lengths.cumsum()[:-1])]
+    ids = [torch.zeros(len(part), dtype=torch.int64) for part in masks]
+    tokens = TokenBatch.pack(Cursor(0, 0, 0), range(len(ids)), ids, masks)
+    anchors = sample_anchors(
+        tokens, num_anchors=draft.num_anchors, generator=torch.Generator().manual_seed(0)
+    )
+    blocks = build_blocks(tokens, anchors, block_size=draft.block_size, mask_token_id=0)
+    drafted = flops.Drafted.of(blocks)
+    num_aux = len(registry.features(draft, target).aux_layer_ids)
+    step = flops.dflash(target, drafted, num_layers=draft.num_layers, num_aux=num_aux)
+    counted = {"blocks": len(anchors), "supervised_positions": drafted.positions}
+    return step, counted
+
+
+def summarise(
+    run: RunConfig, ranks: list[Any], lengths: np.ndarray, mask: np.ndarray, gpus: int
+) -> dict[str, Any]:
     """Turn the windows of all ranks into the figures of the record."""
     engine, trainer = by_kind(ranks, "engine"), by_kind(ranks, "trainer")
     rates = {
@@ -147,7 +193,7 @@ def summarise(run: RunConfig, ranks: list[Any], lengths: np.ndarray, gpus: int) 
         rates["raw"] = [rate(w, together=False) for w in engine["raw"]]
     each = zip(rates["engine"], rates["trainer"], rates["both"], strict=True)
     shares = [b * (1 / e + 1 / t) for e, t, b in each]
-    work = work_per_sample(run, load_target(run), lengths)
+    work = work_per_sample(run, load_target(run), lengths, mask)
     needs = {
         "engine": work["prefill_flop"], "raw": work["prefill_flop"],
         "trainer": work["train_flop"], "both": work["prefill_flop"] + work["train_flop"],
@@ -258,7 +304,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="further settings, as ring.num_slots=4")
     arguments = parser.parse_args()
     if arguments.tiny:
-        arguments.cell, arguments.mps, arguments.engine = "tiny", "off", "hf"
+        arguments.cell = "tiny_dflash" if "dflash" in arguments.cell else "tiny"
+        arguments.mps, arguments.engine = "off", "hf"
         arguments.seconds, arguments.windows = min(arguments.seconds, 1.0), 2
     # The transformers engine has no forward pass that writes nothing.
     arguments.raw = arguments.engine != "hf" and visible_gpus() > 0
@@ -270,8 +317,7 @@ def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory(prefix="bench-colocate-") as name:
         run, ranks = run_job(arguments, Path(name))
-        lengths = CELLS[arguments.cell].lengths(np.random.default_rng(0))
-        figures = summarise(run, ranks, lengths, arguments.gpus)
+        figures = summarise(run, ranks, *samples(CELLS[arguments.cell]), arguments.gpus)
     record = {
         "benchmark": "colocate",
         "cell": arguments.cell,

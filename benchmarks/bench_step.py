@@ -34,11 +34,12 @@ from bench_ring import RESULTS, commit, machine
 from torch import Tensor
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.config import Dtype, Eagle3Config, Loss
+from colospec.config import Dtype
 from colospec.draft.alignment import Unroll, unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import StepContext
-from colospec.draft.eagle3 import Eagle3
+from colospec.draft.eagle3.config import Eagle3Config, Loss
+from colospec.draft.eagle3.model import Eagle3
 from colospec.draft.kernels import choice
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
 from colospec.target import Target

@@ -35,7 +35,7 @@ from colospec.batch import Features, TokenBatch
 from colospec.config import RunConfig
 from colospec.data.dataset import Dataset
 from colospec.data.pack import Plan, Step
-from colospec.draft import registry
+from colospec.draft import catalog, registry
 from colospec.ring import RingTimeout
 from colospec.ring.channel import Reader, Writer
 from colospec.topology import Role
@@ -166,7 +166,8 @@ class TrainerSide:
         self._features = buffers(job, world.device)
         generator = torch.Generator(world.device).manual_seed(world.place.rank)
         for tensor in (self._features.aux_hidden_states, self._features.last_hidden_states):
-            tensor.normal_(generator=generator)
+            if tensor is not None:
+                tensor.normal_(generator=generator)
         self.kept_share = self._keep_every_position()
         self._reader = Reader(
             world.store, *ring_place(job, world), lease=job.run.ring.lease.value,
@@ -217,7 +218,7 @@ class TrainerSide:
     def _keep_every_position(self) -> float:
         """Make sure that every position has a loss; returns the share that has one, of a sample."""
         draft: Any = self._trainer.draft
-        if draft.d2t is None:
+        if getattr(draft, "d2t", None) is None:
             return 1.0
         head: Tensor = draft.frozen_head
         factor = torch.where(draft.t2d, 1.0, OUTSIDE).to(head.dtype)
@@ -273,6 +274,7 @@ def synthetic_job(run: RunConfig, dataset_directory: str, num_trainers: int) -> 
 def settings(overrides: list[str]) -> RunConfig:
     """Compose a run's settings as colospec.run would."""
     config.register()
+    catalog.register()
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         return config.load(compose("config", overrides=overrides))
 

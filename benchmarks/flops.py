@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from colospec.draft.anchors import Blocks
 from colospec.target import Target
 
 PEAK = {"NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12}
@@ -29,6 +30,24 @@ class Supervised:
         rows = sum(max(length - 2, 0) for length in lengths)
         steps = range(ttt_length)
         return cls(rows, sum(max(n - 2 - step, 0) for n in lengths for step in steps))
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """What a block drafter computes for: `context_rows` that some block sees, all `slots` of all
+    blocks, `pairs` of a slot and what it attends to, and the supervised slots, the `positions`."""
+
+    context_rows: int
+    slots: int
+    pairs: int
+    positions: int
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> Drafted:
+        """Count one micro-batch."""
+        slots = len(blocks.input_ids)
+        pairs = blocks.size * sum(blocks.lengths) + slots * blocks.size
+        return cls(len(blocks.context_rows), slots, pairs, len(blocks.slots))
 
 
 def layer_parameters(target: Target) -> int:
@@ -76,3 +95,18 @@ def eagle3(
     head = (4.0 if frozen_head else 6.0) * width * (draft_vocab_size or target.vocab_size)
     teacher = 2.0 * width * target.vocab_size * supervised.teacher_rows
     return ttt_length * layer + projection + head * supervised.positions + teacher
+
+
+def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
+    """Return a training step, forward and backward: nothing for anchors that do not exist, and the
+    head for supervised slots alone.
+
+    The frozen head costs twice its forward pass, the projection of the target's states likewise.
+    """
+    width, kv_width = target.hidden_size, target.num_key_value_heads * target.head_dim
+    slots = 6.0 * layer_parameters(target) * drafted.slots
+    context = 6.0 * 2 * width * kv_width * drafted.context_rows
+    attended = 3.5 * 4.0 * target.num_attention_heads * target.head_dim * drafted.pairs
+    projection = 4.0 * num_aux * width**2 * drafted.context_rows
+    head = 4.0 * width * target.vocab_size * drafted.positions
+    return num_layers * (slots + context + attended) + projection + head

@@ -161,6 +161,44 @@ def original_table(results: Path) -> str | None:
     return "\n".join(lines) + "\n" + note
 
 
+def dflash_table(results: Path) -> str | None:
+    """DFlash: the same as `colocate_table`, and the original system's workload."""
+    names = {
+        "dflash": "2048 tokens, 512 anchors",
+        "dflash_70": "2048 tokens, 360 anchors",
+        "dflash_original_2": "the original's, 2 samples per step",
+        "dflash_original_8": "the original's, 8 samples per step",
+    }
+    found = [(name, one) for name in names for one in _colocated(results, name)]
+    if not found:
+        return None
+    lines = [
+        "| samples | GPUs | share by | engine alone | trainer alone | both | sum of shares | MFU "
+        "| trainer, GiB | GPU-hours per 40,000 samples | windows |",
+        "|---" * 11 + "|",
+    ]
+    for name, one in found:
+        figures = one["figures"]
+        rates, mfu = figures["samples_per_s"], figures["mfu"]
+        lines.append(
+            f"| {names[name]} | {one['gpus']} | {_mps(one)} | {rates['engine']:.2f} "
+            f"| {rates['trainer']:.2f} | {rates['both']:.2f} | {figures['sum_of_shares']:.3f} "
+            f"| {format(mfu['both'], '.1%') if mfu else '-'} "
+            f"| {figures['memory_gib']['trainer_reserved']:.1f} "
+            f"| {figures['gpu_hours_per_40000_samples']:.2f} "
+            f"| {one['windows']} x {one['seconds']:g} s |"
+        )
+    first = found[0][1]
+    note = (
+        "\nSamples per second, Qwen3-8B (random weights) with DFlash: 5 layers, blocks of 16, up "
+        f"to 512 anchors per sample; {first['machine']['gpu']}, SGLang "
+        f"{first['versions']['sglang']}, torch {first['versions']['torch']}, commit "
+        f"{first['commit']}. The original colocated system: 7.51 samples/s and 2.96 GPU-hours on "
+        "two H100s."
+    )
+    return "\n".join(lines) + "\n" + note
+
+
 def _colocated(results: Path, cell: str) -> list[dict]:
     """Return the records of bench_colocate.py for a cell, by GPUs, MPS first."""
     records = [json.loads(file.read_text()) for file in results.glob("colocate-*.json")]
@@ -181,6 +219,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "colocate": colocate_table,
     "split": split_table,
     "original": original_table,
+    "dflash": dflash_table,
 }
 
 

@@ -7,9 +7,12 @@ no torch, so that `--help` and `--cfg job` answer at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -84,29 +87,6 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
-class Loss(Enum):
-    """kl: forward KL to the target; lk_alpha, lk_lambda: arXiv 2602.23881."""
-
-    kl = "kl"
-    lk_alpha = "lk_alpha"
-    lk_lambda = "lk_lambda"
-
-
-class Alignment(Enum):
-    """Which positions learn: exact = those whose label is supervised; eagle = as the EAGLE code."""
-
-    exact = "exact"
-    eagle = "eagle"
-
-
-class BlockObjective(Enum):
-    """How the slots of a block are weighted: decay falls with their place; dpace (arXiv 2605.18810)
-    follows how likely the draft is to be right up to them."""
-
-    decay = "decay"
-    dpace = "dpace"
-
-
 class TrackerName(Enum):
     """Where metrics go beside metrics.jsonl."""
 
@@ -153,97 +133,18 @@ class DraftConfig:
     """What every draft algorithm has; each algorithm adds its own."""
 
     algorithm: str = MISSING
-    """Name in the registry."""
-
-    def check(self) -> None:
-        """Raise ValueError for the first setting that cannot work."""
-
-
-@dataclass
-class Eagle3Config(DraftConfig):
-    """EAGLE-3 (arXiv 2503.01840)."""
-
-    algorithm: str = "eagle3"
+    """Its name: that of its folder in colospec/draft, or of an entry point."""
     aux_layer_ids: list[int] | None = None
-    """Target layers whose outputs feed the draft, 0-based; null is [1, L // 2 - 1, L - 4]."""
-    ttt_length: int = 7
-    """Steps of training-time test: how often the draft is unrolled on itself."""
-    step_weight_decay: float = 0.8
-    """Weight of TTT step k is step_weight_decay ** k."""
-    draft_vocab_size: int | None = 32000
-    """Size of the pruned vocabulary (most frequent supervised tokens); null keeps the target's."""
-    intermediate_size: int | None = None
-    """Width of the MLP; null copies the target's."""
-    norm_output: bool = False
-    """EAGLE-3.1: feed the normed hidden state to the next step."""
-    fc_norm: bool = False
-    """EAGLE-3.1: one RMSNorm per aux layer before the projection."""
-    loss: Loss = Loss.kl
-    lk_eta: float = 3.0
-    """lk_lambda: the weight of KL is exp(-lk_eta * acceptance)."""
-    alignment: Alignment = Alignment.exact
-    chunk_tokens: int | None = None
-    """Supervised positions per chunk of vocabulary head and loss; bounds their memory. Null is 2048
-    on a CPU and 8192 on a GPU."""
+    """Target layers whose outputs feed the draft, 0-based; null is the algorithm's own choice."""
 
     def check(self) -> None:
         """Raise ValueError for the first setting that cannot work."""
-        _check_layers(self.aux_layer_ids)
-
-
-@dataclass
-class DFlashConfig(DraftConfig):
-    """DFlash (arXiv 2602.06036)."""
-
-    algorithm: str = "dflash"
-    aux_layer_ids: list[int] | None = None
-    """Target layers whose outputs feed the draft, 0-based; null spreads `num_aux_layers` of them
-    evenly from 1 to L - 3."""
-    num_aux_layers: int = 5
-    num_layers: int = 5
-    """Layers of the draft."""
-    block_size: int = 16
-    """Tokens of a block: one that is given, and those that are drafted at once."""
-    num_anchors: int = 512
-    """Most blocks of one sample in one step, begun at random supervised tokens."""
-    mask_token_id: int | None = None
-    """Token that stands for one to be drafted; null is the last row of the target's embedding."""
-    sliding_layers: list[int] = field(default_factory=list)
-    """Layers of the draft that see `sliding_window` tokens back and are causal inside a block."""
-    sliding_window: int | None = None
-    intermediate_size: int | None = None
-    """Width of the MLP; null copies the target's."""
-    objective: BlockObjective = BlockObjective.decay
-    decay_gamma: float | None = 7.0
-    """decay: the k-th drafted token weighs exp(-(k - 1) / decay_gamma); null weighs all alike."""
-    dpace_alpha: float = 0.5
-    """dpace: how far the draft's probabilities are pulled towards 1."""
-    chunk_tokens: int | None = None
-    """Supervised tokens per chunk of vocabulary head and loss; bounds their memory. Null is 2048
-    on a CPU and 8192 on a GPU."""
-
-    def check(self) -> None:
-        """Raise ValueError for the first setting that cannot work."""
-        _check_layers(self.aux_layer_ids)
-        layers = self.sliding_layers
-        if any(not 0 <= layer < self.num_layers for layer in layers):
+        ids = self.aux_layer_ids
+        if ids is not None and (not ids or len(set(ids)) != len(ids) or min(ids) < 0):
             raise ValueError(
-                f"draft.sliding_layers={layers} must be layers of the draft, 0 to "
-                f"{self.num_layers - 1}"
+                f"draft.aux_layer_ids={ids} must be distinct layers of the target, from 0; "
+                "null takes the default"
             )
-        if bool(layers) != (self.sliding_window is not None):
-            raise ValueError(
-                f"draft.sliding_layers={layers} and draft.sliding_window={self.sliding_window} "
-                "need each other; set both, or neither"
-            )
-
-
-def _check_layers(ids: list[int] | None) -> None:
-    if ids is not None and (not ids or len(set(ids)) != len(ids) or min(ids) < 0):
-        raise ValueError(
-            f"draft.aux_layer_ids={ids} must be distinct layers of the target, from 0; "
-            "null takes the default"
-        )
 
 
 @dataclass
@@ -421,11 +322,9 @@ class RunConfig:
 
 
 def register() -> None:
-    """Make the schemas known to Hydra; the YAML files name them in their defaults lists."""
-    store = ConfigStore.instance()
-    store.store(name="schema", node=RunConfig)
-    store.store(group="draft", name="base_eagle3", node=Eagle3Config)
-    store.store(group="draft", name="base_dflash", node=DFlashConfig)
+    """Make the schema known to Hydra; config.yaml names it in its defaults list. The settings of
+    draft algorithms are registered by `colospec.draft.catalog`."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
 
 
 def modes() -> list[str]:
@@ -452,7 +351,7 @@ def load(cfg: DictConfig) -> RunConfig:
 
 def check(run: RunConfig) -> None:
     """Raise ValueError for the first setting that cannot work, naming it and what to type."""
-    _check_numbers(run)
+    check_numbers(run, at_least=dict(_AT_LEAST), above_zero=_ABOVE_ZERO, at_most_one=_AT_MOST_ONE)
     data, trainer, memory = run.data, run.trainer, run.memory
     if data.token_budget < data.max_length:
         raise ValueError(
@@ -491,7 +390,7 @@ def check(run: RunConfig) -> None:
     if run.launch.gpus != "auto" and not (run.launch.gpus.isdigit() and int(run.launch.gpus) > 0):
         raise ValueError(f"launch.gpus={run.launch.gpus} must be auto or a number from 1")
     for name in ("mps.trainer_threads", "mps.engine_threads"):
-        threads = _value(run, name)
+        threads = attrgetter(name)(run)
         if threads is not None and threads > 100:
             raise ValueError(f"{name}={threads} is a share of the SMs in percent: at most 100")
     if run.mode is Mode.alternate and run.engine.tp != 1:
@@ -539,16 +438,6 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("data.min_loss_tokens", 1),
     ("data.max_filtered_fraction", 0),
     ("data.num_workers", 1),
-    ("draft.ttt_length", 1),
-    ("draft.block_size", 2),
-    ("draft.mask_token_id", 0),
-    ("draft.num_anchors", 1),
-    ("draft.num_aux_layers", 1),
-    ("draft.num_layers", 1),
-    ("draft.sliding_window", 1),
-    ("draft.draft_vocab_size", 1),
-    ("draft.intermediate_size", 1),
-    ("draft.chunk_tokens", 1),
     ("engine.forward_tokens", 1),
     ("engine.tp", 1),
     ("launch.max_restarts", 0),
@@ -574,8 +463,6 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("trainer.weight_decay", 0),
 )
 _ABOVE_ZERO = (
-    "draft.decay_gamma",
-    "draft.step_weight_decay",
     "limit.checkpoint_s",
     "limit.load_s",
     "limit.start_s",
@@ -588,8 +475,6 @@ _ABOVE_ZERO = (
 )
 _AT_MOST_ONE = (
     "data.max_filtered_fraction",
-    "draft.dpace_alpha",
-    "draft.step_weight_decay",
     "mps.engine_priority",
     "mps.trainer_priority",
     "trainer.decay_fraction",
@@ -597,22 +482,28 @@ _AT_MOST_ONE = (
 )
 
 
-def _check_numbers(run: RunConfig) -> None:
-    for name, low in _AT_LEAST:
-        value = _value(run, name)
+def check_numbers(
+    settings: object,
+    *,
+    at_least: Mapping[str, float] = MappingProxyType({}),
+    above_zero: Sequence[str] = (),
+    at_most_one: Sequence[str] = (),
+    prefix: str = "",
+) -> None:
+    """Raise ValueError for the first setting, by its dotted name, that is out of its range.
+
+    A setting that is None passes. `at_most_one` are those in [0, 1]; `prefix` stands before the
+    names in messages.
+    """
+    for name, low in at_least.items():
+        value = attrgetter(name)(settings)
         if value is not None and not value >= low:
-            raise ValueError(f"{name}={value} must be at least {low:g}")
-    for name in _ABOVE_ZERO:
-        value = _value(run, name)
+            raise ValueError(f"{prefix}{name}={value} must be at least {low:g}")
+    for name in above_zero:
+        value = attrgetter(name)(settings)
         if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be above 0")
-    for name in _AT_MOST_ONE:
-        value = _value(run, name)
+            raise ValueError(f"{prefix}{name}={value} must be above 0")
+    for name in at_most_one:
+        value = attrgetter(name)(settings)
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} must be in [0, 1]")
-
-
-def _value(run: RunConfig, name: str) -> Any:
-    """Return the setting, or None where this draft algorithm does not have it."""
-    group, key = name.split(".")
-    return getattr(getattr(run, group), key, None)
+            raise ValueError(f"{prefix}{name}={value} must be in [0, 1]")

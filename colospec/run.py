@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from colospec import config, launch, log
 from colospec.config import RunConfig
+from colospec.draft import catalog
 
 if TYPE_CHECKING:
     from colospec.topology import Topology
@@ -138,7 +139,9 @@ def main() -> None:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     OmegaConf.register_new_resolver("run_directory", run_directory)
     OmegaConf.register_new_resolver("on_rank0", lambda ours, other: ours if is_rank0() else other)
+    OmegaConf.register_new_resolver("drafts", lambda: ", ".join(catalog.choices()))
     config.register()
+    catalog.register()
     decorate = hydra.main(
         version_base="1.3", config_path=str(config.CONF_DIR), config_name="config"
     )

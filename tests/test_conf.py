@@ -9,12 +9,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from colospec import config
-from colospec.config import DFlashConfig, Eagle3Config, Mode
+from colospec.config import Mode
+from colospec.draft import catalog
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hydra_app():
     config.register()
+    catalog.register()
     OmegaConf.register_new_resolver("run_directory", lambda _: "outputs/test", replace=True)
     OmegaConf.register_new_resolver("on_rank0", lambda ours, _: ours, replace=True)
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
@@ -38,7 +40,7 @@ def test_every_combination_of_groups_composes(mode, draft, engine, tracker):
     assert run.mode is Mode[mode]
     assert run.engine.name == engine
     assert run.draft.algorithm == draft
-    assert isinstance(run.draft, {"dflash": DFlashConfig, "eagle3": Eagle3Config}[draft])
+    assert type(run.draft) is catalog.find(draft).config
 
 
 @pytest.mark.parametrize("group", ["target", "mps", "data", "trainer"])

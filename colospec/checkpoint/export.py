@@ -37,7 +37,7 @@ from colospec.checkpoint.public import (
 )
 from colospec.checkpoint.state import load_model
 from colospec.config import DraftConfig
-from colospec.draft import registry
+from colospec.draft import catalog, registry
 from colospec.draft.base import DraftModel
 from colospec.target import Target
 
@@ -206,7 +206,7 @@ def _export_checkpoint(args: argparse.Namespace) -> None:
     meta = found.manifest.meta
     run = meta["run"]
     target = Target.load(args.target or meta["target"], dtype=run["target"]["dtype"])
-    schema = OmegaConf.structured(registry.find(run["draft"]["algorithm"]).config_type)
+    schema = OmegaConf.structured(catalog.find(run["draft"]["algorithm"]).config)
     config = OmegaConf.to_object(OmegaConf.merge(schema, run["draft"]))
     assert isinstance(config, DraftConfig)
     export_draft(

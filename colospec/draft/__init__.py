@@ -1,1 +1,1 @@
-"""Draft algorithms: one module each, found through `registry`."""
+"""Draft algorithms: one folder each, found through `catalog` and `registry`."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from colospec.batch import TokenBatch
-from colospec.config import Alignment
+from colospec.draft.eagle3.config import Alignment
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Shape letters: T tokens, H target hidden size, V target vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
@@ -60,10 +61,9 @@ class DraftModel(nn.Module):
     """Base of all draft algorithms: the target's frozen weights, and what a subclass must define.
 
     Two buffers: `embedding` [V, H] and `target_head` [V, H] (None where the target ties them).
-    `config_type` is the class of its settings, `public` how inference engines know it.
+    `public` is how inference engines know it.
     """
 
-    config_type: ClassVar[type[DraftConfig]]
     public: ClassVar[PublicFormat]
     config: DraftConfig
 
@@ -163,10 +163,14 @@ class ChainDraft(DraftModel):
         raise NotImplementedError
 
 
-class BlockDraft(DraftModel):
-    """A draft that proposes `block_size` - 1 tokens at once, each from its place alone."""
+Choose = Callable[[Tensor], Tensor]
+"""(logits [n, V] of the next n tokens) -> those tokens, [n]"""
 
-    block_size: int
+
+class BlockDraft(DraftModel):
+    """A draft that proposes up to `num_drafted` tokens at once."""
+
+    num_drafted: int
 
     def start(self) -> list[KVCache]:
         """Return empty caches for one sequence."""
@@ -176,7 +180,14 @@ class BlockDraft(DraftModel):
         """Append the target's aux hidden states [m, A * H] of the next m tokens."""
         raise NotImplementedError
 
-    def draft(self, token_id: Tensor, caches: list[KVCache]) -> Tensor:
-        """Return logits [block_size - 1, V] for the tokens behind `token_id` [1], which itself is
-        the one behind all that `caches` have read. The caches stay as they are."""
+    def draft(
+        self, token_id: Tensor, caches: list[KVCache], *, num_tokens: int, choose: Choose
+    ) -> Tensor:
+        """Return `num_tokens` tokens to follow `token_id` [1], which itself is the one behind all
+        that `caches` have read. The caches stay as they are.
+
+        `choose` is given the logits of one token after another, some at a time, and says which
+        they are: a greedy or random choice of the logits, or the true tokens, to see what the draft
+        says then. Logits may depend on the tokens chosen before, and on nothing later.
+        """
         raise NotImplementedError

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from colospec.config import Loss
 from colospec.draft.alignment import Unroll
+from colospec.draft.eagle3.config import Loss
 from colospec.draft.kernels import choice
 
 # Most elements of a [rows, vocabulary] tensor. Two of them live at a time on a GPU, in the type of

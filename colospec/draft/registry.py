@@ -1,35 +1,29 @@
-"""Draft algorithms by name. A new one is a module with a `DraftModel`, and one line here."""
+"""Draft algorithms by name: their models, imported when they are asked for."""
 
 from __future__ import annotations
+
+import importlib
 
 import numpy as np
 from torch import Tensor
 
 from colospec.batch import FeatureSpec
 from colospec.config import DraftConfig, Weights
+from colospec.draft import catalog
 from colospec.draft.base import DraftModel
-from colospec.draft.dflash import DFlash
-from colospec.draft.eagle3 import Eagle3
 from colospec.target import Target
-
-ALGORITHMS: dict[str, type[DraftModel]] = {
-    "dflash": DFlash,
-    "eagle3": Eagle3,
-}
 
 
 def find(name: str) -> type[DraftModel]:
     """Return the algorithm `name`; raises ValueError listing those that exist."""
-    if name not in ALGORITHMS:
-        raise ValueError(
-            f"draft.algorithm={name} is unknown; choose one of {', '.join(sorted(ALGORITHMS))}"
-        )
-    return ALGORITHMS[name]
+    module, _, attribute = catalog.find(name).model.partition(":")
+    model: type[DraftModel] = getattr(importlib.import_module(module), attribute)
+    return model
 
 
 def find_architecture(name: str) -> type[DraftModel] | None:
     """Return the algorithm whose architecture in config.json is `name`; None if there is none."""
-    for algorithm in ALGORITHMS.values():
+    for algorithm in map(find, catalog.algorithms()):
         if name in algorithm.public.architectures:
             return algorithm
     return None
@@ -37,7 +31,8 @@ def find_architecture(name: str) -> type[DraftModel] | None:
 
 def architectures() -> list[str]:
     """Return all architectures that `find_architecture` knows."""
-    return [name for kind in ALGORITHMS.values() for name in kind.public.architectures]
+    models = map(find, catalog.algorithms())
+    return [name for model in models for name in model.public.architectures]
 
 
 def features(config: DraftConfig, target: Target) -> FeatureSpec:

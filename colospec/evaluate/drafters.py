@@ -187,10 +187,7 @@ class ChainDrafter:
 
 
 class BlockDrafter:
-    """A draft that proposes a block at once, greedy or sampling, with caches of its own.
-
-    Its tokens do not depend on each other: each is drawn from its own distribution.
-    """
+    """A draft that proposes a block at once, greedy or sampling, with caches of its own."""
 
     def __init__(self, model: BlockDraft, aux_layer_ids: tuple[int, ...]) -> None:
         self.aux_layer_ids = aux_layer_ids
@@ -209,25 +206,44 @@ class BlockDrafter:
         self._check(num_tokens)
         self._model.read(aux, self._caches)
         assert self._caches[0].length == len(token_ids) - 1
-        logits = self._model.draft(token_ids[-1:], self._caches)[:num_tokens]
-        probabilities = sampler.probabilities(logits)
-        return Proposal(sampler.draw(probabilities), probabilities)
+        probabilities: list[Tensor] = []
+
+        def choose(logits: Tensor) -> Tensor:
+            probabilities.append(sampler.probabilities(logits))
+            return sampler.draw(probabilities[-1])
+
+        chosen = self._model.draft(
+            token_ids[-1:], self._caches, num_tokens=num_tokens, choose=choose
+        )
+        return Proposal(chosen, torch.cat(probabilities))
 
     @torch.inference_mode()
     def predict(self, token_ids: Tensor, aux: Tensor, *, first: int, num_tokens: int) -> Tensor:
-        """Draft a block behind every token from first - 1 on: nothing is fed in between."""
+        """Draft a block behind every token from first - 1 on, telling the draft the true ones."""
         self._check(num_tokens)
         self.start()
         predicted, known = [], 0
         for start in range(first, len(token_ids) - num_tokens + 1):
             self._model.read(aux[known : start - 1], self._caches)
             known = start - 1
-            logits = self._model.draft(token_ids[start - 1 : start], self._caches)
-            predicted.append(logits[:num_tokens].argmax(-1))
+            predicted.append(self._told(token_ids[start - 1 : start + num_tokens]))
         return torch.stack(predicted)
 
+    def _told(self, token_ids: Tensor) -> Tensor:
+        """Return the best token at each place behind the first of token_ids [1 + K], [K]."""
+        best: list[Tensor] = []
+
+        def choose(logits: Tensor) -> Tensor:
+            first = 1 + sum(map(len, best))
+            best.append(logits.argmax(-1))
+            return token_ids[first : first + len(logits)]
+
+        number = len(token_ids) - 1
+        self._model.draft(token_ids[:1], self._caches, num_tokens=number, choose=choose)
+        return torch.cat(best)
+
     def _check(self, num_tokens: int) -> None:
-        most = self._model.block_size - 1
+        most = self._model.num_drafted
         if num_tokens > most:
             raise ValueError(
                 f"chain_length={num_tokens} is more than this draft's block proposes; "

@@ -10,9 +10,10 @@ from transformers import Qwen3Config
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.checkpoint.export import check_warm_start, load_draft, load_weights
-from colospec.config import DFlashConfig, Eagle3Config
 from colospec.draft import registry
 from colospec.draft.base import StepContext
+from colospec.draft.dflash.config import DFlashConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from tests.checkpoint.test_export import (
     HEAD_DIM,
     HEADS,

@@ -24,9 +24,9 @@ from colospec.checkpoint.export import (
     load_weights,
     main,
 )
-from colospec.config import Eagle3Config
 from colospec.draft import registry
 from colospec.draft.base import StepContext
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.target import Target
 from colospec.train.provenance import plain
 from tests.ranks import RankError, run_ranks

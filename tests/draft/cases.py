@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.config import Eagle3Config
 from colospec.draft.base import StepContext
-from colospec.draft.eagle3 import Eagle3
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.model import Eagle3
 from colospec.target import Target
 
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment
 from colospec.draft.alignment import unroll
+from colospec.draft.eagle3.config import Alignment
 
 
 def pack(masks):

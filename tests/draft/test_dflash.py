@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from colospec.batch import FeatureBatch, Features
-from colospec.config import BlockObjective, DFlashConfig, Weights
+from colospec.config import Weights
 from colospec.draft import block_attention, registry
 from colospec.draft.anchors import build_blocks, sample_anchors
 from colospec.draft.base import StepContext
-from colospec.draft.dflash import DFlash
-from colospec.draft.layers import dflash_layers
+from colospec.draft.dflash.config import BlockObjective, DFlashConfig
+from colospec.draft.dflash.layers import block_layers
+from colospec.draft.dflash.model import DFlash
 from tests.draft.cases import documents, make_batch, make_target
 from tests.draft.dflash_oracle import Oracle
 
@@ -201,8 +202,16 @@ def test_decoding_gives_the_logits_that_training_compares(settings, generator):
     for expected, anchor in zip(states.view(3, 4, -1), anchors.tolist(), strict=True):
         draft.read(aux[known:anchor], caches)
         known = anchor
-        logits = draft.draft(ids[anchor : anchor + 1], caches)
-        torch.testing.assert_close(logits, expected[1:], rtol=1e-6, atol=1e-6)
+        found = []
+
+        def choose(logits, found=found):
+            found.append(logits)
+            return logits.argmax(-1)
+
+        begin = ids[anchor : anchor + 1]
+        chosen = draft.draft(begin, caches, num_tokens=3, choose=choose)
+        torch.testing.assert_close(torch.cat(found), expected[1:], rtol=1e-6, atol=1e-6)
+        assert chosen.tolist() == expected[1:].argmax(-1).tolist()
         assert caches[0].length == anchor
 
 
@@ -240,7 +249,7 @@ def test_it_learns_to_repeat_one_text(generator):
     [(36, (1, 9, 17, 25, 33)), (64, (1, 16, 31, 46, 61)), (4, (0, 1, 2)), (1, (0,))],
 )
 def test_default_aux_layers_are_the_published_ones_or_exist_and_differ(num_layers, expected):
-    assert dflash_layers(DFlashConfig(), make_target(num_layers=num_layers)) == expected
+    assert block_layers(DFlashConfig(), make_target(num_layers=num_layers)) == expected
 
 
 def test_no_last_hidden_states_are_asked_for():

@@ -5,11 +5,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.config import Alignment, Loss, Weights
+from colospec.config import Weights
 from colospec.draft import registry
 from colospec.draft.alignment import unroll
+from colospec.draft.eagle3.config import Alignment, Loss
+from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.layer import KVCache
-from colospec.draft.layers import eagle3_layers
 from colospec.target import Target
 from tests.draft.cases import (
     context,

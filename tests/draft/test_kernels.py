@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment, Loss
 from colospec.draft import loss as loss_module
 from colospec.draft.alignment import unroll
 from colospec.draft.attention import Documents, ttt_attention
+from colospec.draft.eagle3.config import Alignment, Loss
 from colospec.draft.kernels import choice
 from colospec.draft.layer import MLP, DraftLayer, LayerShape, RMSNorm
 from colospec.draft.loss import LossSettings, Teacher, fused_loss

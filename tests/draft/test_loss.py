@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment, Loss
 from colospec.draft import loss as module
 from colospec.draft.alignment import unroll
+from colospec.draft.eagle3.config import Alignment, Loss
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
 from tests.draft.oracle import plain_loss
 

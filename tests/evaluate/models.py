@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from colospec.config import Eagle3Config
 from colospec.draft import registry
-from colospec.draft.eagle3 import Eagle3
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.model import Eagle3
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain
 from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import ChainDrafter, Proposal

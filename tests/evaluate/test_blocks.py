@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from colospec.config import DFlashConfig
 from colospec.draft import registry
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
 from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import BlockDrafter, open_drafter

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from colospec.checkpoint.export import export_draft
-from colospec.config import Eagle3Config
 from colospec.draft import registry
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.evaluate import __main__ as command
 from colospec.evaluate.curves import draw_curves
 from colospec.evaluate.report import ReportSettings, report_run

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from colospec.batch import FeatureBatch, Features
-from colospec.config import BlockObjective
+from colospec.draft.dflash.config import BlockObjective
 from tests.draft.cases import make_target
 from tests.draft.test_dflash import context, gradients, make_config, make_draft, make_inputs
 from tests.gpu.machine import needs_gpus

@@ -10,7 +10,8 @@ import torch
 
 from colospec import topology
 from colospec.batch import Features
-from colospec.config import DataConfig, Eagle3Config, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.train.job import Job, Start
 from colospec.train.trainer import Trainer
 from tests import tiny

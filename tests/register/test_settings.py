@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from colospec import config
-from colospec.config import DFlashConfig, Eagle3Config, Mode, RunConfig
+from colospec.config import Mode, RunConfig
 from colospec.data.pack import Plan
+from colospec.draft import catalog
+from colospec.draft.eagle3.config import Eagle3Config
+
+DRAFTS = [algorithm.config for algorithm in catalog.algorithms().values()]
 
 
 def integers(node, prefix=""):
@@ -40,7 +44,7 @@ def changed(name, value, draft=Eagle3Config):
 
 @pytest.mark.parametrize(
     ("draft", "name"),
-    [(draft, name) for draft in (Eagle3Config, DFlashConfig)
+    [(draft, name) for draft in DRAFTS
      for name in sorted(set(integers(run_of(draft()))) - {"seed"})],
 )  # fmt: skip
 def test_negative_numbers_are_refused_by_name(draft, name):

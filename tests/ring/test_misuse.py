@@ -220,17 +220,19 @@ class BrokenStore(MemoryStore):
 
 def test_store_that_breaks_at_the_answer_leaves_no_descriptor():
     store = BrokenStore()
-    threading.Thread(target=lambda: meet_quietly(store)).start()
+    engine = threading.Thread(target=lambda: meet_quietly(store))
+    engine.start()
     store.get("ring/0/engine", timeout_s=20)
     before = open_fds()
     with pytest.raises(ConnectionError, match="the store is gone"):
         Reader(store, "0", SMALL, **settings())
     assert open_fds() <= before
+    engine.join(20)
 
 
 def meet_quietly(store):
     with pytest.raises(RingTimeout):
-        Writer(store, "0", SMALL, **settings(timeout_s=1.0))
+        Writer(store, "0", SMALL, **settings(timeout_s=4.0))
 
 
 def test_file_that_cannot_be_made_leaves_no_descriptor():

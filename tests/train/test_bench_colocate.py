@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
@@ -33,9 +34,25 @@ def test_the_benchmark_measures_each_role_alone_and_both_together(tmp_path, monk
     monkeypatch.syspath_prepend(BENCHMARKS)
     import tables
 
+    assert tables.dflash_table(tmp_path) is None
     out.write_text(json.dumps(record | {"cell": "qwen3_8b"}))
     for table in (tables.colocate_table, tables.split_table):
         head, rule, *rows = table(tmp_path).splitlines()
         assert head.count("|") == rule.count("|") == rows[0].count("|")
         assert rows[0].startswith("| 2 | time slicing |")
     assert tables.original_table(tmp_path) is None
+    out.write_text(json.dumps(record | {"cell": "dflash"}))
+    head, rule, row, *_ = tables.dflash_table(tmp_path).splitlines()
+    assert head.count("|") == rule.count("|") == row.count("|")
+
+
+def test_a_dflash_cell_supervises_one_stretch_of_each_sample(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from workloads import CELLS, loss_mask
+
+    lengths = np.array([2048, 2048, 300])
+    mask = loss_mask(CELLS["dflash_70"], lengths, np.random.default_rng())
+    parts = np.split(mask, lengths.cumsum()[:-1])
+    assert [part.sum() for part in parts] == [361, 361, 299]
+    assert all(np.ptp(np.flatnonzero(part)) + 1 == part.sum() for part in parts)
+    assert not any(part[0] for part in parts)

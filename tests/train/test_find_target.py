@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from colospec.config import CONF_DIR, Eagle3Config, Mode, RunConfig, TargetConfig, Weights
-from colospec.draft.layers import eagle3_layers
+from colospec.config import CONF_DIR, Mode, RunConfig, TargetConfig, Weights
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.rope import rope_frequencies
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS, target_directory

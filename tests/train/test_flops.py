@@ -5,14 +5,18 @@ import random
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import flops
-from benchmarks.flops import Supervised
+from benchmarks.flops import Drafted, Supervised
 from colospec.batch import Cursor, TokenBatch
-from colospec.config import Alignment
 from colospec.draft.alignment import unroll
+from colospec.draft.anchors import build_blocks, sample_anchors
+from colospec.draft.eagle3.config import Alignment
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS
+from tests.draft.cases import make_target
+from tests.draft.test_dflash import context, make_config, make_draft, make_inputs
 
 LENGTH = 2048
 TTT = 7
@@ -63,3 +67,35 @@ def test_supervised_positions_are_those_that_the_draft_computes():
     rows = unroll(tokens, ttt_length=TTT, alignment=Alignment.exact)
     counted = Supervised.of(lengths, ttt_length=TTT)
     assert counted == Supervised(len(rows.teacher_rows), sum(rows.sizes))
+
+
+@pytest.mark.parametrize(("valid", "total"), [(1.0, 71.5), (0.7, 50.4)])
+def test_a_dflash_step_of_one_sample(qwen, valid, total):
+    blocks = int(512 * valid)
+    drafted = Drafted(LENGTH, blocks * 16, blocks * 16 * (LENGTH // 2 + 16), blocks * 16)
+    step = flops.dflash(qwen, drafted, num_layers=5, num_aux=5)
+    assert step / 1e12 == pytest.approx(total, rel=0.02)
+
+
+def test_a_dflash_step_computes_what_its_valid_anchors_need_and_no_more():
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    target = make_target(
+        hidden_size=256, vocab_size=1000, head_dim=32, intermediate_size=512,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    config = make_config(num_anchors=20, block_size=8)
+    draft = make_draft(config, target, generator=generator, dtype=torch.float32)
+    lengths = [random.randint(30, 90) for _ in range(4)] + [1, 2, 3]
+    batch = make_inputs(lengths, target, generator=generator, dtype=torch.float32)
+    anchors = sample_anchors(
+        batch.tokens, num_anchors=20, generator=torch.Generator().manual_seed(1)
+    )
+    blocks = build_blocks(batch.tokens, anchors, block_size=8, mask_token_id=0)
+    with FlopCounterMode(display=False) as counter:
+        draft(batch, context(1)).loss.backward()
+    expected = flops.dflash(
+        target, Drafted.of(blocks), num_layers=2,
+        num_aux=len(draft.features(config, target).aux_layer_ids),
+    )  # fmt: skip
+    assert 20 < len(anchors) < 4 * 20 + 1
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from colospec.config import Eagle3Config, Mode, RunConfig
+from colospec.config import Mode, RunConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.topology import Place, Role, build
 from colospec.train.rank import check_shared, memory_share
 

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.batch import FeatureBatch, FeatureSpec, TokenBatch
-from colospec.config import DraftConfig, Eagle3Config
+from colospec.config import DraftConfig
 from colospec.draft.alignment import Unroll, to_device, unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import ChainDraft, LossTerms, StepContext
-from colospec.draft.eagle3_public import Eagle3Format
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.eagle3.public import Eagle3Format
 from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
-from colospec.draft.layers import eagle3_layers
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
 from colospec.draft.rope import Rope
 from colospec.draft.vocab import build_vocab_mapping
@@ -38,7 +39,6 @@ class Eagle3(ChainDraft):
     Buffers `t2d` [V] bool and `d2t` [W] int64 exist only with a pruned vocabulary (see `vocab`).
     """
 
-    config_type = Eagle3Config
     public = Eagle3Format()
     config: Eagle3Config
     d2t: Tensor | None

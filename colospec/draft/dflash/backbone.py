@@ -1,12 +1,11 @@
-"""DFlash (arXiv 2602.06036): a block of tokens drafted at once, from the target's own states.
+"""What all drafters of blocks are: layers that draft a block from the target's own states.
 
-A few Qwen3-like layers read one token and b - 1 mask tokens, and predict all b - 1 together. Each
-layer also attends to the target's states, projected once: they go through the layer's key and value
-projections, and nothing else. The embedding and the head are the target's. Parameters have the
-names of public checkpoints.
+A few Qwen3-like layers read one token and b - 1 mask tokens together. Each layer also attends to
+the target's states, projected once: they go through the layer's key and value projections, and
+nothing else. The embedding and the head are the target's.
 
 Shape letters: T tokens, A aux layers, H hidden size of target and draft, N blocks of b slots, C
-context rows, P supervised slots, V target vocabulary, D head size.
+context rows, V target vocabulary, D head size.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colospec.batch import FeatureBatch, FeatureSpec
-from colospec.config import BlockObjective, DFlashConfig, DraftConfig
-from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
-from colospec.draft.base import BlockDraft, LossTerms, StepContext
+from colospec.batch import FeatureSpec
+from colospec.config import DraftConfig
+from colospec.draft.anchors import Blocks
+from colospec.draft.base import BlockDraft
 from colospec.draft.block_attention import block_attention
-from colospec.draft.cross_entropy import head_cross_entropy
-from colospec.draft.dflash_public import DFlashFormat, mask_token_id
+from colospec.draft.dflash.config import BlockConfig
+from colospec.draft.dflash.layers import block_layers, mask_token_id
 from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm, init_linears
-from colospec.draft.layers import dflash_layers
 from colospec.draft.rope import Rope, rotate
 from colospec.target import Target
 
@@ -83,22 +81,19 @@ class BlockLayer(nn.Module):
         return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]
 
 
-class DFlash(BlockDraft):
-    """The draft, its loss, and its decoding."""
+class BlockBackbone(BlockDraft):
+    """All but what is predicted from the states of the slots, and the loss."""
 
-    config_type = DFlashConfig
-    public = DFlashFormat()
-    config: DFlashConfig
+    config: BlockConfig
 
-    def __init__(self, config: DFlashConfig, target: Target) -> None:
+    def __init__(self, config: BlockConfig, target: Target) -> None:
         super().__init__()
         self.config = config
-        self.block_size = config.block_size
         self.mask_token_id = mask_token_id(config, target)
         shape = LayerShape.of(target, config.intermediate_size)
         size, eps = shape.hidden_size, shape.eps
         self.rope = Rope(target)
-        self.fc = nn.Linear(len(dflash_layers(config, target)) * size, size, bias=False)
+        self.fc = nn.Linear(len(block_layers(config, target)) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
         self.layers = nn.ModuleList(BlockLayer(shape) for _ in range(config.num_layers))
         self.norm = RMSNorm(size, eps)
@@ -107,9 +102,9 @@ class DFlash(BlockDraft):
     @classmethod
     def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
         """Aux hidden states alone: labels are tokens, so no teacher is needed."""
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         return FeatureSpec(
-            aux_layer_ids=dflash_layers(config, target),
+            aux_layer_ids=block_layers(config, target),
             last_hidden_states=False,
             hidden_size=target.hidden_size,
             dtype=target.dtype,
@@ -120,39 +115,8 @@ class DFlash(BlockDraft):
         cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
     ) -> Self:
         del token_counts  # the vocabulary is the target's
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         return cls(config, target)
-
-    def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
-        """Draft a block from each sampled anchor and compare it with the text.
-
-        The loss is a sum whose denominator is not known before all trainers have drawn anchors.
-        """
-        aux, config = batch.features.aux_hidden_states, self.config
-        anchors = sample_anchors(
-            batch.tokens, num_anchors=config.num_anchors, generator=context.generator
-        )
-        blocks = build_blocks(
-            batch.tokens,
-            anchors,
-            block_size=config.block_size,
-            mask_token_id=self.mask_token_id,
-        ).to(aux.device)
-        states = self.unroll(aux, blocks)
-        losses, right = head_cross_entropy(
-            self.norm(states.index_select(0, blocks.slots)),
-            self.frozen_head,
-            blocks.labels,
-            chunk_tokens=config.chunk_tokens,
-        )
-        weights, denominator = self._weights(losses.detach(), blocks)
-        loss = (weights * losses).sum()
-        metrics = {"loss": (loss.detach(), denominator)}
-        hits = losses.new_zeros(config.block_size - 1)
-        hits.index_add_(0, blocks.places, right.to(hits.dtype))
-        for place, count in enumerate(blocks.counts):
-            metrics[f"acc_{place}"] = (hits[place], hits.new_full((), float(count)))
-        return LossTerms(loss, metrics, denominator)
 
     def unroll(self, aux_hidden_states: Tensor, blocks: Blocks) -> Tensor:
         """Return the last layer's states [N * b, H] of all slots, before the final norm."""
@@ -191,11 +155,13 @@ class DFlash(BlockDraft):
         for layer, cache in zip(self._layers, caches, strict=True):
             cache.append(*layer.self_attn.keys_values(context, table))
 
-    def draft(self, token_id: Tensor, caches: list[KVCache]) -> Tensor:
-        length = caches[0].length
-        positions = torch.arange(length, length + self.block_size, device=token_id.device)
+    def read_block(self, token_id: Tensor, caches: list[KVCache]) -> Tensor:
+        """Return the normed states [b, H] of a block that begins with `token_id` [1], the token
+        behind all that `caches` have read; the caches stay as they are."""
+        length, size = caches[0].length, self.config.block_size
+        positions = torch.arange(length, length + size, device=token_id.device)
         table = self.rope.table(positions)
-        masks = token_id.new_full((self.block_size - 1,), self.mask_token_id)
+        masks = token_id.new_full((size - 1,), self.mask_token_id)
         states = self._embed(torch.cat([token_id, masks]))
         for number, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
             hidden = _hidden(positions, self._window(number))
@@ -219,23 +185,7 @@ class DFlash(BlockDraft):
                 return out[0].transpose(0, 1)
 
             states = layer(states, table, attend)
-        head = self.frozen_head
-        return self.norm(states[1:]).to(head.dtype) @ head.T  # type: ignore[no-any-return]
-
-    def _weights(self, losses: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return the weight of each supervised slot [P], and what their sum is divided by."""
-        config = self.config
-        if config.objective is BlockObjective.decay:
-            rate = 0.0 if config.decay_gamma is None else 1 / config.decay_gamma
-            weights = torch.exp(blocks.places.to(losses.dtype) * -rate)
-            return weights, weights.sum()
-        grid = (len(blocks.lengths), blocks.size - 1)
-        index = blocks.slots // blocks.size * grid[1] + blocks.places
-        valid = losses.new_zeros(grid).view(-1).index_fill_(0, index, 1.0).view(grid)
-        odds = torch.lerp(torch.exp(-losses), torch.ones_like(losses), config.dpace_alpha)
-        prefix = losses.new_ones(grid).view(-1).index_copy_(0, index, odds).view(grid).cumprod(1)
-        later = (prefix * valid).flip(1).cumsum(1).flip(1)
-        return later.view(-1)[index], losses.new_full((), float(grid[0]))
+        return self.norm(states)  # type: ignore[no-any-return]
 
     @property
     def _layers(self) -> list[BlockLayer]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec.config import DFlashConfig, DraftConfig
-from colospec.draft.layers import dflash_layers
+from colospec.config import DraftConfig
+from colospec.draft.dflash.config import BlockConfig, DFlashConfig
+from colospec.draft.dflash.layers import block_layers, mask_token_id
 from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
 from colospec.target import Target
 
@@ -39,7 +40,7 @@ class DFlashFormat(PublicFormat):
     architectures = ("DFlashDraftModel", "DFlashSpeculator")
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         hidden, head = target.hidden_size, target.head_dim
         mlp = config.intermediate_size or target.intermediate_size
         query, key = target.num_attention_heads * head, target.num_key_value_heads * head
@@ -56,7 +57,7 @@ class DFlashFormat(PublicFormat):
             "mlp.up_proj.weight": (mlp, hidden),
             "mlp.down_proj.weight": (hidden, mlp),
         }
-        num_aux = len(dflash_layers(config, target))
+        num_aux = len(block_layers(config, target))
         return {
             "fc.weight": (hidden, num_aux * hidden),
             "hidden_norm.weight": (hidden,),
@@ -64,7 +65,7 @@ class DFlashFormat(PublicFormat):
         } | {f"layers.{i}.{name}": s for i in range(config.num_layers) for name, s in layer.items()}
 
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         layers = range(config.num_layers)
         return {
             "model_type": "qwen3",
@@ -82,17 +83,21 @@ class DFlashFormat(PublicFormat):
             "dflash_config": {
                 "block_size": config.block_size,
                 "mask_token_id": mask_token_id(config, target),
-                "target_layer_ids": list(dflash_layers(config, target)),
+                "target_layer_ids": list(block_layers(config, target)),
                 "num_target_layers": target.num_layers,
             },
             "colospec": {"num_anchors": config.num_anchors},
         }
 
-    def read_config(self, contents: dict[str, Any]) -> DFlashConfig:
+    def read_config(self, contents: dict[str, Any]) -> DraftConfig:
+        if kind := (contents.get("dflash_config") or {}).get("projector_type"):
+            raise ValueError(f"projector_type={kind} is a variant of DFlash that is not known here")
+        return DFlashConfig(**self.settings(contents))
+
+    def settings(self, contents: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings that all drafters of blocks have in config.json, by name."""
         contents = self.facts(contents)
         inner = contents.get("dflash_config") or {}
-        if kind := inner.get("projector_type"):
-            raise ValueError(f"projector_type={kind} is a variant of DFlash that is not known here")
         layers = inner.get("target_layer_ids", contents.get("target_layer_ids"))
         mask = inner.get("mask_token_id", contents.get("mask_token_id"))
         size = inner.get("block_size") or contents.get("block_size")
@@ -100,15 +105,15 @@ class DFlashFormat(PublicFormat):
             raise ValueError("target_layer_ids, mask_token_id or block_size is missing")
         types = contents.get("layer_types") or []
         sliding = [layer for layer, kind in enumerate(types) if kind == _SLIDING]
-        return DFlashConfig(
-            aux_layer_ids=list(layers),
-            num_layers=contents["num_hidden_layers"],
-            block_size=size,
-            mask_token_id=mask,
-            intermediate_size=contents.get("intermediate_size"),
-            sliding_window=contents.get("sliding_window") if sliding else None,
-            sliding_layers=sliding,
-        )
+        return {
+            "aux_layer_ids": list(layers),
+            "num_layers": contents["num_hidden_layers"],
+            "block_size": size,
+            "mask_token_id": mask,
+            "intermediate_size": contents.get("intermediate_size"),
+            "sliding_window": contents.get("sliding_window") if sliding else None,
+            "sliding_layers": sliding,
+        }
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
         if contents["architectures"][0] == "DFlashSpeculator":
@@ -121,9 +126,9 @@ class DFlashFormat(PublicFormat):
         return layer_facts(target) | {"num_target_layers": target.num_layers}
 
     def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         return {
-            "aux_layer_ids": dflash_layers(config, target),
+            "aux_layer_ids": block_layers(config, target),
             "mask_token_id": mask_token_id(config, target),
             "sliding_layers": config.sliding_layers,
             "sliding_window": config.sliding_window,
@@ -146,22 +151,6 @@ class DFlashFormat(PublicFormat):
         }
         serve = _SERVE.format(block_size=contents["block_size"])
         return CardText("DFlash", "dflash", rows, serve)
-
-
-def mask_token_id(config: DFlashConfig, target: Target) -> int:
-    """Return the token that stands for one to be drafted; the default is the last row of the
-    target's embedding, which most targets leave unused.
-
-    Raises ValueError for one that the embedding does not have.
-    """
-    if config.mask_token_id is None:
-        return target.vocab_size - 1
-    if config.mask_token_id >= target.vocab_size:
-        raise ValueError(
-            f"draft.mask_token_id={config.mask_token_id} is not in the target's embedding of "
-            f"{target.vocab_size} tokens; null takes the last one"
-        )
-    return config.mask_token_id
 
 
 def _flat(contents: dict[str, Any]) -> dict[str, Any]:

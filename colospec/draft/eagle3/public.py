@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from colospec.config import DraftConfig, Eagle3Config
-from colospec.draft.layers import eagle3_layers
+from colospec.config import DraftConfig
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
 from colospec.target import Target
 

@@ -1,0 +1,22 @@
+"""Which layers of the target EAGLE-3 reads."""
+
+from __future__ import annotations
+
+from colospec.draft.eagle3.config import Eagle3Config
+from colospec.draft.layers import chosen_layers, spread_layers
+from colospec.target import Target
+
+
+def eagle3_layers(config: Eagle3Config, target: Target) -> tuple[int, ...]:
+    """Return the aux layers, ascending.
+
+    The default is [1, L // 2 - 1, L - 4]; where these are not distinct and ascending (L < 7), it is
+    up to three layers spread evenly. Raises ValueError for layers that the target does not have.
+    """
+    if config.aux_layer_ids is not None:
+        return chosen_layers(config.aux_layer_ids, target)
+    num_layers = target.num_layers
+    default = (1, num_layers // 2 - 1, num_layers - 4)
+    if default[0] < default[1] < default[2]:
+        return default
+    return spread_layers(3, target)
