@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from colospec.config import DataConfig, Eagle3Config, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.train.job import Job, Start
 from colospec.train.provenance import plain
 from colospec.train.same_run import check_same_run

@@ -11,8 +11,9 @@ import torch
 from colospec import topology
 from colospec.batch import TokenBatch
 from colospec.checkpoint.export import load_draft
-from colospec.config import DataConfig, Eagle3Config, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
 from colospec.draft.base import StepContext
+from colospec.draft.eagle3.config import Eagle3Config
 from colospec.evaluate.acceptance import Acceptance
 from colospec.train import probe as probe_module
 from colospec.train.evaluation import reshard
