@@ -35,10 +35,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Split:
-    """What is trained on, ascending ids (None: all samples), what is held out, and a fingerprint of
-    both."""
+    """What is trained on, ascending ids (None: all samples), and how often each token [V] is
+    supervised in it; what is held out; a fingerprint of both."""
 
     train_ids: Ids | None
+    token_counts: NDArray[np.int64]
     held_out: HeldOut | None
     fingerprint: str
 
@@ -50,7 +51,7 @@ def split(train: Dataset, config: DataConfig, *, other: Dataset | None) -> Split
     """
     number, source = config.held_out_samples, other or train
     if other is None and not number:
-        return Split(None, None, train.fingerprint)
+        return Split(None, train.token_counts, None, train.fingerprint)
     if number > len(source):
         raise ValueError(
             f"data.held_out_samples={number}, but there are only {len(source)} samples in "
@@ -65,7 +66,12 @@ def split(train: Dataset, config: DataConfig, *, other: Dataset | None) -> Split
             "data.held_out_path to other data"
         )
     held_out = HeldOut(source, tuple(chosen.tolist()), _pack(source, chosen, config))
-    return Split(train_ids, held_out, _fingerprint(train, source, chosen, train_ids))
+    return Split(
+        train_ids,
+        _token_counts(train, train_ids),
+        held_out,
+        _fingerprint(train, source, chosen, train_ids),
+    )
 
 
 def _draw(dataset: Dataset, number: int) -> Ids:
@@ -86,6 +92,15 @@ def _without_copies(train: Dataset, source: Dataset, chosen: Ids) -> Ids:
 def _content(dataset: Dataset, index: int) -> bytes:
     tokens, _ = dataset.sample(index)
     return hashlib.sha256(tokens.numpy().tobytes()).digest()
+
+
+def _token_counts(train: Dataset, train_ids: Ids) -> NDArray[np.int64]:
+    """Take what is not trained on from the counts of all: a draft's vocabulary comes from them."""
+    counts = train.token_counts.copy()
+    for index in np.setdiff1d(np.arange(len(train)), train_ids).tolist():
+        tokens, mask = train.sample(index)
+        counts -= np.bincount(tokens[mask].numpy(), minlength=len(counts))
+    return counts
 
 
 def _pack(dataset: Dataset, chosen: Ids, config: DataConfig) -> tuple[Bin, ...]:

@@ -95,6 +95,11 @@ class Plan:
         facts = [ALGORITHM, fingerprint, seed, token_budget, max_sequences]
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._ids)
+
     def bins(self, epoch: int, start: int = 0) -> Iterator[Bin]:
         """Yield the sample ids of the epoch's micro-batches from number `start` on.
 
@@ -150,7 +155,7 @@ class Plan:
         further epochs count as the mean of those counted, and an epoch too large to be counted
         is taken to fill its bins as the first window does. Equal on all ranks in any case.
         """
-        size = len(self._ids)
+        size = self.num_samples
         counted = min(epochs, COUNTED_SAMPLES // size)
         if counted == 0:
             tokens = int(self._lengths[self._ids].sum())

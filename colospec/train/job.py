@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from colospec import demo
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
 from colospec.config import DataConfig, Dtype, RunConfig
 from colospec.data.dataset import Dataset, prepare
-from colospec.data.held_out import HeldOut, split
+from colospec.data.held_out import HeldOut, Split, split
 from colospec.data.pack import Bin, Plan, Step
 from colospec.draft import registry
 from colospec.launch import visible_gpus
@@ -59,7 +61,8 @@ class Job:
     spec: FeatureSpec
     num_trainers: int
     total_steps: int
-    held_out: HeldOut | None = None
+    split: Split | None = None
+    """None trains on the whole dataset."""
 
     @classmethod
     def load(cls, run: RunConfig, *, num_trainers: int, progress: bool) -> Job:
@@ -88,7 +91,17 @@ class Job:
         per_step = num_trainers * run.trainer.accumulation
         total = run.trainer.max_steps or plan.estimate_steps(per_step, run.trainer.epochs)
         spec = registry.features(run.draft, target)
-        return cls(run, target, dataset, plan, spec, num_trainers, total, parts.held_out)
+        return cls(run, target, dataset, plan, spec, num_trainers, total, parts)
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What is evaluated on, if anything."""
+        return None if self.split is None else self.split.held_out
+
+    @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token [V] is supervised in what is trained on."""
+        return self.dataset.token_counts if self.split is None else self.split.token_counts
 
     @property
     def micro_batches_per_step(self) -> int:

@@ -92,7 +92,7 @@ class Trainer:
         job, place, device = self.job, self.world.place, self.world.device
         config, warm_start = job.run.draft, job.run.trainer.init_from
         kind = registry.find(config.algorithm)
-        draft = kind.from_config(config, job.target, token_counts=job.dataset.token_counts)
+        draft = kind.from_config(config, job.target, token_counts=job.token_counts)
         draft.to(device)
         draft.set_target(
             *share_frozen(
@@ -329,7 +329,7 @@ class Trainer:
         return {
             "steps": self.position.step,
             "data_fingerprint": self.job.dataset.fingerprint,
-            "num_samples": len(self.job.dataset),
+            "num_samples": self.job.plan.num_samples,
             "metrics": self.last_metrics,
         }
 

@@ -59,6 +59,15 @@ def test_held_out_samples_and_their_copies_are_in_no_micro_batch_of_any_epoch(tm
     assert texts(dataset, range(len(dataset))) == held_out | texts(dataset, parts.train_ids)
 
 
+def test_token_counts_are_those_of_what_is_trained_on(tmp_path, open_data):
+    path = rows.write_lines(tmp_path / "a.jsonl", rows.mixed(70))
+    dataset, config = open_data(path, held_out_samples=30)
+    parts = split(dataset, config, other=None)
+    samples = [dataset.sample(int(index)) for index in parts.train_ids]
+    supervised = np.concatenate([ids[mask].numpy() for ids, mask in samples])
+    assert parts.token_counts.tolist() == np.bincount(supervised, minlength=400).tolist()
+
+
 def test_every_held_out_sample_is_in_one_micro_batch_within_the_limits(tmp_path, open_data):
     path = rows.write_lines(tmp_path / "a.jsonl", rows.mixed(150))
     dataset, config = open_data(path, held_out_samples=60, max_sequences=7)
