@@ -20,7 +20,8 @@ class CapturedDecoder:
     """Implements `decoder.Decoder`.
 
     `capture` returns the features of one text [N] of token ids, on the CPU, last hidden states
-    included; they and `head` [V, H] are on `device`. `aux_layer_ids` are the layers it captures.
+    included; they and `head` [V, H], whose products are the logits, are on `device`.
+    `aux_layer_ids` are the layers it captures.
     """
 
     def __init__(
@@ -31,7 +32,6 @@ class CapturedDecoder:
         target: Target,
         aux_layer_ids: tuple[int, ...],
     ) -> None:
-        target.require_plain_head()
         self.device = head.device
         self.eos_token_ids = eos_token_ids(target)
         self.num_forwards = 0
