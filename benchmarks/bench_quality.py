@@ -45,8 +45,8 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `*_s` are budgets in seconds. What SGLang serves is left out where
-    `total_s` does not suffice."""
+    """How much of everything; `*_s` are budgets in seconds. `total_s` bounds the whole: what SGLang
+    serves is left out where it does not suffice."""
 
     shape: Shape
     text_bytes: int
@@ -60,7 +60,6 @@ class Sizes:
     prompt_tokens: int
     draft_steps: int
     token_budget: int
-    draft_limit_s: float
     overrides: dict[str, tuple[str, ...]]
     num_prompts: int
     served_prompts: int
@@ -80,10 +79,10 @@ class Sizes:
 
 FULL = Sizes(
     shape=Shape(16384, 768, 2560, 12, 12, 4, 64),
-    text_bytes=240_000_000, tokenizer_bytes=24_000_000,
-    target_s=80.0, window=1024, batch=32,
-    samples_s=20.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
-    draft_steps=2000, token_budget=4096, draft_limit_s=240.0,
+    text_bytes=160_000_000, tokenizer_bytes=24_000_000,
+    target_s=50.0, window=1024, batch=32,
+    samples_s=12.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
+    draft_steps=1500, token_budget=4096,
     overrides={
         "eagle3": ("trainer.lr=1e-3", "draft.draft_vocab_size=null"),
         "dflash": (
@@ -91,19 +90,19 @@ FULL = Sizes(
             "draft.num_anchors=128", "trainer.max_grad_norm=1.0", "trainer.warmup_fraction=0.04",
         ),
     },
-    num_prompts=84, served_prompts=16, max_new_tokens=64, chain_length=7, total_s=570.0,
+    num_prompts=84, served_prompts=8, max_new_tokens=64, chain_length=7, total_s=375.0,
 )  # fmt: skip
 TINY = Sizes(
     shape=Shape(1024, 64, 128, 4, 4, 2, 16),
     text_bytes=2_000_000, tokenizer_bytes=500_000,
     target_s=6.0, window=128, batch=8,
     samples_s=3.0, sample_batch=32, sample_tokens=96, prompt_tokens=32,
-    draft_steps=20, token_budget=512, draft_limit_s=120.0,
+    draft_steps=20, token_budget=512,
     overrides={
         "eagle3": ("trainer.lr=3e-3", "draft.draft_vocab_size=null", "draft.ttt_length=3"),
         "dflash": ("trainer.lr=3e-3", "draft.block_size=4", "draft.num_layers=2"),
     },
-    num_prompts=4, served_prompts=2, max_new_tokens=16, chain_length=3, total_s=570.0,
+    num_prompts=4, served_prompts=2, max_new_tokens=16, chain_length=3, total_s=375.0,
 )  # fmt: skip
 
 
@@ -113,9 +112,15 @@ class Bench:
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.begin = time.monotonic()
-        self.num_processes = min(24, max(1, len(os.sched_getaffinity(0)) - 2))
+        self.num_processes = min(24, max(1, len(os.sched_getaffinity(0)) // 2))
         work.mkdir(parents=True, exist_ok=True)
+        self.begin, self.ended = time.monotonic(), 0.0
+        self.origin = self.phase("origin", origin)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of all."""
+        return self.sizes.total_s - (time.monotonic() - self.begin)
 
     def tell(self, text: str) -> None:
         """Print a line with the time since the start."""
@@ -126,10 +131,14 @@ class Bench:
         file = self.work / f"{name}.json"
         if file.is_file():
             self.tell(f"{name}: done before")
-            return dict(json.loads(file.read_text()))
+            facts = dict(json.loads(file.read_text()))
+            self.ended = max(self.ended, facts["ended"])
+            return facts
         begin = time.monotonic()
         facts = run()
-        facts["seconds"] = round(time.monotonic() - begin, 1)
+        end = time.monotonic()
+        facts |= {"seconds": round(end - begin, 1), "ended": round(end - self.begin, 1)}
+        self.ended = max(self.ended, facts["ended"])
         file.write_text(json.dumps(facts))
         shown = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
         self.tell(f"{name}: {shown}")
@@ -218,7 +227,7 @@ class Bench:
         log = self.work / f"run-{name}.log"
         with log.open("w") as out:
             done = subprocess.run(
-                command, stdout=out, stderr=subprocess.STDOUT, timeout=sizes.draft_limit_s,
+                command, stdout=out, stderr=subprocess.STDOUT, timeout=max(self.left, 1.0),
                 check=False,
             )  # fmt: skip
         if done.returncode:
@@ -252,16 +261,16 @@ class Bench:
         console.print(f"{name}:", comparison.table())
         return comparison.to_dict()
 
-    def served(self, name: str, gpu: int) -> dict[str, Any]:
+    def served(self, name: str) -> dict[str, Any]:
         """Measure a draft through SGLang, greedily, on some of the prompts."""
-        sizes, left = self.sizes, self.sizes.total_s - (time.monotonic() - self.begin)
+        sizes, left = self.sizes, self.left
         if left < MIN_SERVED_S:
             return {"skipped": f"{left:.0f} of {sizes.total_s:.0f} s are left"}
         return quality_eval.through_sglang(
             self.work / "target", self.work / f"run-{name}" / "export",
             self.work / "held_out.jsonl", settings=self._decoding(0.0),
             num_prompts=sizes.served_prompts, prompt_tokens=sizes.prompt_tokens,
-            out=self.work / f"sglang-report-{name}.json", limit_s=left, gpu=gpu,
+            out=self.work / f"sglang-report-{name}.json", limit_s=left,
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
@@ -272,7 +281,7 @@ class Bench:
             "samples": self.phase("samples", self.samples),
         }
         drafts: dict[str, dict[str, Any]] = {}
-        # The reference loop needs no GPU: one draft is measured while the next one is trained.
+        # The reference loop needs no GPU, and half of the cores: it runs beside what comes next.
         with ThreadPoolExecutor(1) as pool:
             waiting = {}
             for name in self.sizes.overrides:
@@ -280,19 +289,11 @@ class Bench:
                 waiting[name] = pool.submit(
                     self.phase, f"reference-{name}", lambda name=name: self.reference(name)
                 )
+            for name in drafts:
+                served = self.phase(f"sglang-{name}", lambda name=name: self.served(name))
+                drafts[name]["sglang"] = served
             for name, future in waiting.items():
                 drafts[name]["reference"] = future.result()
-        # One at a time on a GPU, so that rates are those of an idle machine.
-        gpus = max(1, torch.cuda.device_count())
-        with ThreadPoolExecutor(gpus) as pool:
-            served = {
-                name: pool.submit(
-                    self.phase, f"sglang-{name}", lambda n=name, g=i % gpus: self.served(n, g)
-                )
-                for i, name in enumerate(drafts)
-            }
-        for name, future in served.items():
-            drafts[name]["sglang"] = future.result()
         return {**facts, "drafts": drafts}
 
     def _decoding(self, temperature: float) -> DecodingSettings:
@@ -319,6 +320,16 @@ class Bench:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
+def origin() -> dict[str, Any]:
+    """Return what the figures come from."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
 def _until_end(row: list[int], prompt_tokens: int) -> list[int]:
     """Cut a sample behind the first end token (0) that the target wrote."""
     return row[: row.index(0, prompt_tokens) + 1] if 0 in row[prompt_tokens:] else row
@@ -342,23 +353,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from it")
     parser.add_argument("--out", type=Path, help="write the record here")
     arguments = parser.parse_args()
-    if not arguments.tiny and not torch.cuda.is_available():
+    kept = arguments.work and (arguments.work / "origin.json").is_file()
+    if not (arguments.tiny or kept or torch.cuda.is_available()):
         sys.exit("error: bench_quality.py needs a CUDA GPU; try --tiny on a CPU")
     to_console()
     with tempfile.TemporaryDirectory(prefix="bench-quality-") as name:
         sizes = (TINY if arguments.tiny else FULL).scaled(arguments.share)
         bench = Bench(arguments.work or Path(name), sizes)
         results = bench.run()
-        seconds = time.monotonic() - bench.begin
-    record = {
-        "benchmark": "quality",
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
-        "seconds": round(seconds, 1),
-        **results,
-    }
+    record = {"benchmark": "quality", **bench.origin, **results, "seconds": bench.ended}
     out = arguments.out or (None if arguments.tiny else RESULTS / "quality-h200.json")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

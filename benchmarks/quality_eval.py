@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,10 +97,10 @@ def merge(parts: Sequence[Comparison]) -> Comparison:
 
 def through_sglang(
     target: Path, export: Path, prompts: Path, *, settings: DecodingSettings, num_prompts: int,
-    prompt_tokens: int, out: Path, limit_s: float, gpu: int,
+    prompt_tokens: int, out: Path, limit_s: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run `python -m colospec.evaluate --through sglang` on one GPU, greedily; return its report,
-    or why there is none, as {"skipped": reason}."""
+    """Run `python -m colospec.evaluate --through sglang` greedily; return its report, or
+    why there is none, as {"skipped": reason}."""
     if not torch.cuda.is_available():
         return {"skipped": "no CUDA GPU"}
     command = [
@@ -114,7 +113,6 @@ def through_sglang(
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, check=False,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": _visible(gpu)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"skipped": f"no answer within {limit_s:.0f} s"}
@@ -123,12 +121,6 @@ def through_sglang(
         print(*lines[-15:], sep="\n")
         return {"skipped": lines[-1][:300]}
     return dict(json.loads(out.read_text()))
-
-
-def _visible(gpu: int) -> str:
-    """Return the name of the `gpu`-th GPU that this process sees."""
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return names.split(",")[gpu] if names else str(gpu)
 
 
 def _measure(work: Work) -> Comparison:
