@@ -89,8 +89,8 @@ class ThroughSglang:
             title=f"through SGLang {self.drafted.version}",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
-            caption="loop: our own, proposing greedily as SGLang does; on same text: loop / length; "
-            "exact: texts that do not depend on the draft",
+            caption="loop: our own, proposing greedily as SGLang does; on same text: loop / length "
+            "(prompts); exact: texts that do not depend on the draft",
         )
         names = ("batch", "T", "loop", "length", "on same text", "exact")
         for name in (*names, "tok/s", "no draft", "speedup"):
