@@ -186,6 +186,25 @@ class ChainDrafter:
         return spread
 
 
+class GreedyProposals:
+    """Another drafter, made to propose the tokens that it holds most likely, also where the target
+    samples; so proposes SGLang. Verification stays exact."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.aux_layer_ids = drafter.aux_layer_ids
+        self.start = drafter.start
+        self.predict = drafter.predict
+        self._drafter = drafter
+
+    def propose(
+        self, token_ids: Tensor, aux: Tensor, *, num_tokens: int, sampler: Sampler
+    ) -> Proposal:
+        """Propose greedily, whatever `sampler` does."""
+        greedy = Sampler(0.0, seed=0, device=token_ids.device)
+        del sampler
+        return self._drafter.propose(token_ids, aux, num_tokens=num_tokens, sampler=greedy)
+
+
 class BlockDrafter:
     """A draft that proposes a block at once, greedy or sampling, with caches of its own."""
 

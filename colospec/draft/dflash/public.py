@@ -145,6 +145,19 @@ class DFlashFormat(PublicFormat):
         first, dot, rest = name.partition(".")
         return _OTHER_NAMES.get(first, first) + dot + rest
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        assert isinstance(config, DFlashConfig)
+        if chain_length != config.block_size - 1:
+            raise ValueError(
+                f"SGLang verifies whole blocks, and this draft's are of {config.block_size} "
+                f"tokens with the given one: --chain-length {config.block_size - 1}, not "
+                f"{chain_length}"
+            )
+        return {
+            "speculative_algorithm": "DFLASH",
+            "speculative_num_draft_tokens": config.block_size,
+        }
+
     def card(self, contents: dict[str, Any]) -> CardText:
         kinds = set(contents["layer_types"])
         mixed = ", with VLLM_USE_V2_MODEL_RUNNER=1" if len(kinds) > 1 else ""
