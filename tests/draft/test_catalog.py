@@ -55,10 +55,14 @@ def test_every_yaml_has_a_folder():
 
 
 def test_no_two_algorithms_write_the_same_architecture():
-    names = registry.architectures()
+    forms = [registry.find(name).public for name in catalog.algorithms()]
+    names = [name for form in forms for name in form.architectures]
     assert len(names) == len(set(names))
     for name in names:
-        assert name in registry.find_architecture(name).public.architectures
+        form = registry.find_format({"architectures": [name]})
+        assert form in forms
+        assert name in form.architectures
+        assert name in registry.architectures()
 
 
 def test_settings_are_found_without_importing_torch():
