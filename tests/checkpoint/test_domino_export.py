@@ -80,3 +80,9 @@ def test_the_card_says_that_no_engine_serves_it(target, tmp_path):
     assert "# Domino draft model for target-model" in card
     assert "No released version of SGLang or vLLM serves Domino" in card
     assert "| block | 5 tokens are read, 5 drafted |" in card
+
+
+def test_sglang_is_not_asked_to_serve_it_as_dflash(target):
+    config, draft = make_draft(target)
+    with pytest.raises(ValueError, match=r"does not serve draft\.algorithm=domino"):
+        draft.public.sglang_arguments(config, 4)

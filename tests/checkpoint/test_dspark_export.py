@@ -149,3 +149,14 @@ def test_the_card_names_the_heads_and_the_serve_command(target, tmp_path):
     assert "--speculative-algorithm DSPARK --speculative-draft-model-path DRAFT" in card
     assert "| Markov head | vanilla, rank 6 |" in card
     assert "--speculative-dspark-block-size 5" in card
+
+
+def test_sglang_is_told_to_verify_whole_blocks(target):
+    config, draft = make_draft(target)
+    assert draft.public.sglang_arguments(config, 5) == {
+        "speculative_algorithm": "DSPARK",
+        "speculative_dspark_block_size": 5,
+        "speculative_num_draft_tokens": 6,
+    }
+    with pytest.raises(ValueError, match="--chain-length 5, not 4"):
+        draft.public.sglang_arguments(config, 4)

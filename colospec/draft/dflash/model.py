@@ -19,6 +19,7 @@ from colospec.draft.dflash.config import BlockObjective, DFlashConfig
 from colospec.draft.dflash.public import DFlashFormat
 from colospec.draft.dflash.speculators import DFlashSpeculators
 from colospec.draft.layer import KVCache
+from colospec.draft.rows import pick
 from colospec.target import Target
 
 
@@ -50,7 +51,7 @@ class DFlash(BlockBackbone):
         ).to(aux.device)
         states = self.unroll(aux, blocks)
         losses, right = head_cross_entropy(
-            self.norm(states.index_select(0, blocks.slots)),
+            self.norm(pick(states, blocks.slots)),
             self.frozen_head,
             blocks.labels,
             chunk_tokens=config.chunk_tokens,

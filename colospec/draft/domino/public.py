@@ -10,7 +10,7 @@ from typing import Any
 from colospec.config import DraftConfig
 from colospec.draft.dflash.public import DFlashFormat
 from colospec.draft.domino.config import DominoConfig
-from colospec.draft.public import CardText, Shapes
+from colospec.draft.public import CardText, PublicFormat, Shapes
 from colospec.target import Target
 
 _SETTINGS = ("shift_label", "gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")
@@ -55,6 +55,10 @@ class DominoFormat(DFlashFormat):
             "shift_label": config.shift_label,
             "pure_draft_prefix_len": config.pure_draft_prefix_len,
         }
+
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        # Not what DFlash says: SGLang would draft without the correction.
+        return PublicFormat.sglang_arguments(self, config, chain_length)
 
     def card(self, contents: dict[str, Any]) -> CardText:
         inner = contents["dflash_config"]

@@ -75,6 +75,19 @@ class DSparkFormat(DFlashFormat):
             heads["markov_head_type"] = MarkovHeadType(heads["markov_head_type"])
         return DSparkConfig(**self.settings(contents), **heads)
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        assert isinstance(config, DSparkConfig)
+        if chain_length != config.block_size:
+            raise ValueError(
+                f"SGLang verifies whole blocks, and this draft's propose {config.block_size} "
+                f"tokens: --chain-length {config.block_size}, not {chain_length}"
+            )
+        return {
+            "speculative_algorithm": "DSPARK",
+            "speculative_dspark_block_size": config.block_size,
+            "speculative_num_draft_tokens": config.block_size + 1,
+        }
+
     def card(self, contents: dict[str, Any]) -> CardText:
         size, kind = contents["block_size"], contents["markov_head_type"]
         serve = _SERVE.format(block_size=size)

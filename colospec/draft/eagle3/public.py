@@ -143,15 +143,6 @@ class Eagle3Format(PublicFormat):
             "fc_norm": config.fc_norm,
         }
 
-    def tensor_name(self, name: str) -> str | None:
-        name = name.removeprefix("model.")
-        if name in TARGETS_OWN:
-            return None
-        for theirs, ours in _OTHER_NAMES.items():
-            if name.startswith(theirs):
-                return ours + name.removeprefix(theirs)
-        return name
-
     def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
         del config
         return {
@@ -160,6 +151,15 @@ class Eagle3Format(PublicFormat):
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": chain_length + 1,
         }
+
+    def tensor_name(self, name: str) -> str | None:
+        name = name.removeprefix("model.")
+        if name in TARGETS_OWN:
+            return None
+        for theirs, ours in _OTHER_NAMES.items():
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return name
 
     def card(self, contents: dict[str, Any]) -> CardText:
         layers = contents["eagle_config"]["eagle_aux_hidden_state_layer_ids"]

@@ -42,7 +42,7 @@ class Places:
 
     rows [R]: packed positions of depth 0; token_ids [R]: what they read; position_ids [E]; borders:
     where documents begin among the R, on the host. learning: as for TTT, a step being a depth,
-    except that its `positions` [P] are indices into the E places.
+    except that its `positions` [P] are indices into the E places; its `input_ids` mean nothing.
     """
 
     rows: Tensor
