@@ -93,6 +93,28 @@ def test_missing_mode_lists_the_modes():
         (["trainer.warmup_fraction=2"], r"in \[0, 1\]"),
         (["trainer.max_grad_norm=0"], "above 0"),
         (["trainer.lr=nan"], "trainer.lr=nan"),
+        (["trainer.eval_interval=5"], "nothing to evaluate on; set data.held_out_samples"),
+        (["trainer.probe_interval=5"], "trainer.probe_interval=5 has nothing to evaluate on"),
+        (["trainer.best_metric=eval/loss"], "never measured; set trainer.eval_interval"),
+        (
+            [
+                "trainer.best_metric=probe/real_length",
+                "trainer.probe_interval=4",
+                "data.held_out_samples=9",
+                "trainer.save_interval=6",
+            ],
+            "set trainer.save_interval to a multiple",
+        ),
+        (
+            [
+                "trainer.probe_interval=5",
+                "trainer.probe_prompts=64",
+                "trainer.probe_tokens=100",
+                "data.held_out_samples=64",
+            ],
+            "set trainer.probe_tokens=64",
+        ),
+        (["trainer.probe_alarm=0"], "above 0"),
         (["seed=-1"], "seed=-1 must be at least 0"),
         (["limit.step_s=0"], "limit.step_s=0.0 must be above 0"),
     ],
