@@ -38,6 +38,7 @@ from colospec.evaluate.through import (
     warn_if_apart,
 )
 from colospec.target import Target
+from tests import tiny
 from tests.engine import targets
 from tests.evaluate.models import TargetAsDrafter, Untrained, make_untrained, random_prompts
 
@@ -187,6 +188,55 @@ def test_only_prompts_with_the_same_text_are_compared(
     assert numbers["num_lossless"] == 2
     assert numbers["speedup"] == 1.0
     assert same.table(loop, None).row_count == 1
+
+
+def test_the_command_reports_sglang_beside_our_loop(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Everything but SGLang itself."""
+    data = tiny.write_data(tmp_path / "rows.jsonl", num_rows=10)
+    target = Target.load(tiny.write_target(tmp_path / "target"))
+    exported(tmp_path / "draft", target, Eagle3Config(ttt_length=2))
+    jobs = []
+
+    def pretend(job: ServingJob) -> Served:
+        jobs.append(job)
+        runs = []
+        for temperature in job.temperatures:
+            for size in job.batch_sizes:
+                one = accepted_by([([1], [1, 0])] * len(job.prompts))
+                one.temperature, one.num_tokens, one.seconds = temperature, 8, 1.0
+                runs.append(ServedRun(size, one))
+        return Served("0.5.17", {"page_size": 1}, runs)
+
+    monkeypatch.setattr(through, "serve", pretend)
+    monkeypatch.setattr(command, "check_machine", lambda *_: None)
+    words = {
+        "target": target.path,
+        "draft": tmp_path / "draft",
+        "prompts": data,
+        "num-prompts": 2,
+        "max-new-tokens": 6,
+        "chain-length": 3,
+        "temperature": 0.5,
+        "through": "sglang",
+        "batch-sizes": "2,5",
+        "device": "cpu",
+        "json": tmp_path / "out.json",
+    }
+    command.main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+    drafted, plain = jobs
+    assert drafted.speculative["speculative_num_steps"] == 3
+    assert plain.speculative == {}
+    assert (drafted.batch_sizes, drafted.temperatures) == ([2, 5], [0.0, 0.5])
+    assert [len(prompt) > 0 for prompt in drafted.prompts] == [True, True]
+    report = json.loads((tmp_path / "out.json").read_text())["through_sglang"]
+    assert [run["acceptance_length"] for run in report["runs"]] == [1.5] * 4
+    assert report["loop_with_greedy_proposals"]["temperature"] == 0.5
+    assert "through SGLang 0.5.17" in capfd.readouterr().err
 
 
 # --- what SGLang does not serve
