@@ -176,8 +176,9 @@ class BlockDraft(DraftModel):
         """Return empty caches for one sequence."""
         raise NotImplementedError
 
-    def read(self, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
-        """Append the target's aux hidden states [m, A * H] of the next m tokens."""
+    def read(self, token_ids: Tensor, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        """Append the target's aux hidden states [m, A * H] of the next m tokens; token_ids [m]: the
+        token behind each."""
         raise NotImplementedError
 
     def draft(

@@ -72,6 +72,15 @@ class PublicFormat:
         """Return what the model card says, given config.json."""
         raise NotImplementedError
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        """Return the arguments of SGLang, all named `speculative_...` but without the path, by
+        which it proposes `chain_length` tokens per verify step.
+
+        Raises ValueError for what SGLang does not serve.
+        """
+        del chain_length
+        raise ValueError(f"SGLang does not serve draft.algorithm={config.algorithm}")
+
     def num_parameters(self, config: DraftConfig, target: Target) -> int:
         """Return how many numbers are trained."""
         shapes = self.tensor_shapes(config, target)

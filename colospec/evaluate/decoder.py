@@ -30,7 +30,7 @@ class TargetDecoder:
     ) -> None:
         self.device = device
         self.vocab_size = target.vocab_size
-        self.eos_token_ids = _eos_token_ids(target)
+        self.eos_token_ids = eos_token_ids(target)
         self.num_forwards = 0
         self._model = load_model(
             target,
@@ -85,7 +85,8 @@ class TargetDecoder:
         return record
 
 
-def _eos_token_ids(target: Target) -> frozenset[int]:
+def eos_token_ids(target: Target) -> frozenset[int]:
+    """Return the tokens that end a text, from the target's config.json; may be none."""
     ids = target.hf_config.get("eos_token_id")
     if ids is None:
         return frozenset()

@@ -150,7 +150,8 @@ class BlockBackbone(BlockDraft):
     def start(self) -> list[KVCache]:
         return [KVCache() for _ in self.layers]
 
-    def read(self, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+    def read(self, token_ids: Tensor, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        del token_ids  # the context is of the target's states alone
         first = caches[0].length
         context = self.project(aux_hidden_states)
         positions = torch.arange(first, first + len(context), device=context.device)

@@ -9,7 +9,7 @@ layers by their inputs, one more.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.dflash.config import BlockConfig, DFlashConfig
@@ -37,7 +37,7 @@ SGLang:
 class DFlashFormat(PublicFormat):
     """SGLang's `DFlashDraftModel`, the layout of the authors."""
 
-    architectures = ("DFlashDraftModel", "DFlashSpeculator")
+    architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel", "DFlashSpeculator")
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, BlockConfig)
@@ -140,6 +140,19 @@ class DFlashFormat(PublicFormat):
             return None
         first, dot, rest = name.partition(".")
         return _OTHER_NAMES.get(first, first) + dot + rest
+
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        assert isinstance(config, DFlashConfig)
+        if chain_length != config.block_size - 1:
+            raise ValueError(
+                f"SGLang verifies whole blocks, and this draft's are of {config.block_size} "
+                f"tokens with the given one: --chain-length {config.block_size - 1}, not "
+                f"{chain_length}"
+            )
+        return {
+            "speculative_algorithm": "DFLASH",
+            "speculative_num_draft_tokens": config.block_size,
+        }
 
     def card(self, contents: dict[str, Any]) -> CardText:
         inner = contents["dflash_config"]

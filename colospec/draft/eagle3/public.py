@@ -108,6 +108,15 @@ class Eagle3Format(PublicFormat):
             "fc_norm": config.fc_norm,
         }
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        del config
+        return {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_num_steps": chain_length,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": chain_length + 1,
+        }
+
     def card(self, contents: dict[str, Any]) -> CardText:
         layers = contents["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
         rows = {
