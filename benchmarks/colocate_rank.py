@@ -42,7 +42,8 @@ from colospec.topology import Role
 from colospec.train.job import Job, Start, load_target
 from colospec.train.produce import load_engine
 from colospec.train.rank import enter_gpu, limit_memory
-from colospec.train.trainer import StopVote, Trainer
+from colospec.train.stop import StopVote
+from colospec.train.trainer import Trainer
 from colospec.world import World, open_world
 
 OUTSIDE = 0.05

@@ -87,6 +87,21 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class ExportFormat(Enum):
+    """Layout of the exported draft: sglang is also read by vLLM, speculators by vLLM alone."""
+
+    sglang = "sglang"
+    speculators = "speculators"
+
+
+class InitVocab(Enum):
+    """Pruned vocabulary of a draft that training starts from: keep its own, or rebuild it from the
+    supervised tokens of this data."""
+
+    keep = "keep"
+    rebuild = "rebuild"
+
+
 class TrackerName(Enum):
     """Where metrics go beside metrics.jsonl."""
 
@@ -169,6 +184,12 @@ class DataConfig:
     """Processes that tokenise; null is one per core."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is $XDG_CACHE_HOME/colospec."""
+    held_out_path: str | None = None
+    """Samples to evaluate on, in the forms of `path`; null takes them from `path`. What of `path`
+    equals one of them is not trained on."""
+    held_out_samples: int = 0
+    """Most samples to evaluate on, drawn by the data's fingerprint alone; 0 is all of
+    held_out_path, and none of `path`."""
 
 
 @dataclass
@@ -246,6 +267,28 @@ class TrainerConfig:
     """Consecutive steps with NaN or Inf gradients (skipped on all ranks) before the run fails."""
     init_from: str | None = None
     """Exported draft directory to start from; null starts from random weights."""
+    init_vocab: InitVocab = InitVocab.keep
+    """init_from: whose pruned vocabulary the draft gets; rows of the head that the exported draft
+    does not have start from the target's."""
+    eval_interval: int = 0
+    """Steps between evaluations on the held-out samples, and one at the end; 0 makes none."""
+    probe_interval: int = 0
+    """Steps between probes, and one at the end: the draft is exported, loaded back, and decodes
+    held-out prompts for real; 0 makes none."""
+    probe_prompts: int = 4
+    """Held-out samples whose beginnings are the prompts of a probe."""
+    probe_tokens: int = 32
+    """Tokens that a probe decodes for each prompt."""
+    probe_alarm: float = 0.1
+    """Gap between real and simulated acceptance length, as a share of the simulated one, above
+    which a probe warns."""
+
+
+@dataclass
+class ExportConfig:
+    format: ExportFormat = ExportFormat.sglang
+    dtype: Dtype = Dtype.bfloat16
+    """Type of the weights in the file; float16 for targets that run in it, never auto."""
 
 
 @dataclass
@@ -274,7 +317,7 @@ class LimitConfig:
     step_s: float = 300.0
     """Waiting for the other role; twice as long for a rank that finishes no micro-batch at all."""
     checkpoint_s: float = 900.0
-    """Without a committed checkpoint while the end of the run waits for one."""
+    """Without a committed checkpoint while the end of the run waits for one; for a whole probe."""
 
 
 @dataclass
@@ -298,6 +341,7 @@ class RunConfig:
     mps: MpsConfig = field(default_factory=MpsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     limit: LimitConfig = field(default_factory=LimitConfig)
@@ -352,6 +396,8 @@ def check(run: RunConfig) -> None:
         )
     if trainer.dtype is Dtype.float16:
         raise ValueError("trainer.dtype=float16 would need loss scaling; use bfloat16 or float32")
+    if run.export.dtype is Dtype.auto:
+        raise ValueError("export.dtype=auto does not exist; use bfloat16, float16 or float32")
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be at least 0")
     if run.launch.nodes > 1 and not run.launch.rdzv_endpoint:
@@ -380,10 +426,41 @@ def check(run: RunConfig) -> None:
             f"engine.tp={run.engine.tp} does not work in mode=alternate, where every rank runs its "
             "own engine; set engine.tp=1 or use +mode=colocate"
         )
+    _check_evaluation(run)
     run.draft.check()
 
 
+def _check_evaluation(run: RunConfig) -> None:
+    data, trainer = run.data, run.trainer
+    for name in ("eval", "probe"):
+        interval = getattr(trainer, f"{name}_interval")
+        if interval and data.held_out_path is None and not data.held_out_samples:
+            raise ValueError(
+                f"trainer.{name}_interval={interval} has nothing to evaluate on; set "
+                "data.held_out_samples=64, or data.held_out_path=FILE"
+            )
+        if trainer.best_metric.startswith(f"{name}/") and not interval:
+            raise ValueError(
+                f"trainer.best_metric={trainer.best_metric} is never measured; set "
+                f"trainer.{name}_interval"
+            )
+        if trainer.best_metric.startswith(f"{name}/") and trainer.save_interval % interval:
+            raise ValueError(
+                f"trainer.best_metric={trainer.best_metric} ranks checkpoints that are measured, "
+                f"every trainer.{name}_interval={interval} steps; set trainer.save_interval to a "
+                "multiple of it"
+            )
+    room = min(data.max_length, data.token_budget // trainer.probe_prompts)
+    if trainer.probe_interval and 2 * trainer.probe_tokens > room:
+        raise ValueError(
+            f"trainer.probe_tokens={trainer.probe_tokens} leaves no room for a prompt: the "
+            f"trainer.probe_prompts={trainer.probe_prompts} texts of a probe have {room} tokens "
+            f"each (data.max_length, data.token_budget); set trainer.probe_tokens={room // 2}"
+        )
+
+
 _AT_LEAST: tuple[tuple[str, float], ...] = (
+    ("data.held_out_samples", 0),
     ("data.max_length", 4),
     ("data.max_sequences", 1),
     ("data.min_loss_tokens", 1),
@@ -400,12 +477,16 @@ _AT_LEAST: tuple[tuple[str, float], ...] = (
     ("ring.num_slots", 1),
     ("trainer.accumulation", 1),
     ("trainer.epochs", 1),
+    ("trainer.eval_interval", 0),
     ("trainer.keep", 1),
     ("trainer.log_interval", 1),
     ("trainer.lr", 0),
     ("trainer.max_skipped_steps", 1),
     ("trainer.max_steps", 1),
     ("trainer.min_lr", 0),
+    ("trainer.probe_interval", 0),
+    ("trainer.probe_prompts", 1),
+    ("trainer.probe_tokens", 2),
     ("trainer.save_interval", 0),
     ("trainer.weight_decay", 0),
 )
@@ -418,6 +499,7 @@ _ABOVE_ZERO = (
     "memory.trainer_fraction",
     "trainer.eps",
     "trainer.max_grad_norm",
+    "trainer.probe_alarm",
 )
 _AT_MOST_ONE = (
     "data.max_filtered_fraction",

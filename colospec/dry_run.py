@@ -103,5 +103,23 @@ def _steps(run: RunConfig, topology: Topology) -> str:
         f"{run.trainer.accumulation} micro-batches of {run.data.token_budget} tokens; "
         f"{len(data)} samples ({filtered or 'none'} filtered out), "
         f"fill rate {job.plan.fill_rate():.1%}, features {job.spec.bytes_per_token} bytes per token"
-        f" in {str(job.spec.dtype).removeprefix('torch.')}"
+        f" in {str(job.spec.dtype).removeprefix('torch.')}{_evaluations(job)}"
     )
+
+
+def _evaluations(job: Job) -> str:
+    """Say what is held out, and when it is evaluated."""
+    trainer, held_out = job.run.trainer, job.held_out
+    if held_out is None:
+        return "; nothing held out"
+    parts = [f"{len(held_out.sample_ids)} samples held out"]
+    if trainer.eval_interval:
+        parts.append(
+            f"evaluated every {trainer.eval_interval} steps in {len(held_out.bins)} micro-batches"
+        )
+    if trainer.probe_interval:
+        parts.append(
+            f"real acceptance length every {trainer.probe_interval} steps on "
+            f"{trainer.probe_prompts} prompts x {trainer.probe_tokens} tokens"
+        )
+    return f"\n{', '.join(parts)}"

@@ -55,7 +55,8 @@ class Plan:
     """The order in which a dataset is gone through.
 
     lengths [N] and num_loss_tokens [N] are integers: tokens of each sample, and how many of them
-    are supervised. Raises ValueError for no samples, or a sample longer than `token_budget`.
+    are supervised. `samples` are the ids to go through (None: all N); who gives some says so in
+    `fingerprint`. Raises ValueError for no samples, or a sample longer than `token_budget`.
     """
 
     def __init__(
@@ -67,29 +68,37 @@ class Plan:
         token_budget: int,
         max_sequences: int,
         fingerprint: str,
+        samples: NDArray[np.integer] | None = None,
     ) -> None:
-        if len(lengths) == 0:
+        ids = np.arange(len(lengths)) if samples is None else samples.astype(np.intp)
+        if len(ids) == 0:
             raise ValueError("a plan needs at least one sample; the dataset has none")
         if len(lengths) != len(num_loss_tokens):
             raise ValueError(f"{len(lengths)} lengths but {len(num_loss_tokens)} num_loss_tokens")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
-        if (longest := int(lengths.max())) > token_budget:
+        if (longest := int(lengths[ids].max())) > token_budget:
             raise ValueError(
                 f"a sample of {longest} tokens fits no micro-batch of data.token_budget="
                 f"{token_budget}; set data.token_budget={longest} or lower data.max_length"
             )
+        self._ids = ids
         self._lengths = lengths
         self._num_loss_tokens = num_loss_tokens
         self._seed = seed
         self._token_budget = token_budget
         self._max_sequences = max_sequences
-        self._num_windows = math.ceil(len(lengths) / WINDOW_SAMPLES)
+        self._num_windows = math.ceil(len(ids) / WINDOW_SAMPLES)
         self._order: tuple[int, NDArray[np.intp]] | None = None  # of the epoch asked for last
         self._packed: tuple[tuple[int, int], list[Bin]] | None = None  # the window asked for last
         self._num_bins: dict[tuple[int, int], int] = {}  # of (epoch, window), once packed
         facts = [ALGORITHM, fingerprint, seed, token_budget, max_sequences]
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return len(self._ids)
 
     def bins(self, epoch: int, start: int = 0) -> Iterator[Bin]:
         """Yield the sample ids of the epoch's micro-batches from number `start` on.
@@ -146,10 +155,10 @@ class Plan:
         further epochs count as the mean of those counted, and an epoch too large to be counted
         is taken to fill its bins as the first window does. Equal on all ranks in any case.
         """
-        size = len(self._lengths)
+        size = self.num_samples
         counted = min(epochs, COUNTED_SAMPLES // size)
         if counted == 0:
-            tokens = int(self._lengths.sum())
+            tokens = int(self._lengths[self._ids].sum())
             by_tokens = tokens / (self.fill_rate() * self._token_budget)
             return epochs * math.ceil(math.ceil(by_tokens) / micro_batches_per_step)
         steps = sum(
@@ -187,9 +196,9 @@ class Plan:
     def _samples(self, epoch: int, window: int) -> NDArray[np.intp]:
         """Return the sample ids of one window; the windows of an epoch differ by one at most."""
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, shuffle(len(self._lengths), self._seed, epoch))
-        start, end = (len(self._lengths) * i // self._num_windows for i in (window, window + 1))
-        return self._order[1][start:end]
+            self._order = (epoch, shuffle(len(self._ids), self._seed, epoch))
+        start, end = (len(self._ids) * i // self._num_windows for i in (window, window + 1))
+        return self._ids[self._order[1][start:end]]
 
     def _pack(self, samples: NDArray[np.intp]) -> list[Bin]:
         lengths = self._lengths[samples].astype(np.int64)

@@ -61,10 +61,12 @@ class DraftModel(nn.Module):
     """Base of all draft algorithms: the target's frozen weights, and what a subclass must define.
 
     Two buffers: `embedding` [V, H] and `target_head` [V, H] (None where the target ties them).
-    `public` is how inference engines know it.
+    `public` is how inference engines know it, and `more_formats` are other layouts that it can be
+    exported in and started from.
     """
 
     public: ClassVar[PublicFormat]
+    more_formats: ClassVar[tuple[PublicFormat, ...]] = ()
     config: DraftConfig
 
     embedding: Tensor

@@ -111,10 +111,14 @@ class Attention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer over the pair of token embedding and hidden state."""
+    """One decoder layer over the pair of token embedding and hidden state.
 
-    def __init__(self, shape: LayerShape) -> None:
+    It adds to the hidden state, or with `norm_before_residual` to the normed one.
+    """
+
+    def __init__(self, shape: LayerShape, *, norm_before_residual: bool = False) -> None:
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.eps)
         self.self_attn = Attention(shape)
@@ -127,6 +131,8 @@ class DraftLayer(nn.Module):
         """Return the next hidden states [T, D], before any norm; `embeds` and `hidden` [T, D]."""
         left, right = self.input_layernorm, self.hidden_norm
         pair = _NormPair.apply(embeds, hidden, left.weight, right.weight, left.eps)  # type: ignore[no-untyped-call]
+        if self.norm_before_residual:
+            hidden = pair[:, embeds.shape[1] :].contiguous()
         branch = self.self_attn(pair, table, attend)
         hidden, normed = self.post_attention_layernorm.add(hidden, branch)
         return hidden + self.mlp(normed)  # type: ignore[no-any-return]

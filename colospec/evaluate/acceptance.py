@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colospec.evaluate.decoder import TargetDecoder
+from colospec.evaluate.decoder import Decoder
 from colospec.evaluate.drafters import Drafter
 from colospec.evaluate.sampling import Sampler
 
@@ -145,7 +145,7 @@ class Acceptance:
 
 
 def decode_plain(
-    target: TargetDecoder, prompts: Sequence[Tensor], settings: DecodingSettings
+    target: Decoder, prompts: Sequence[Tensor], settings: DecodingSettings
 ) -> PlainOutput:
     """Decode one token per forward pass. Each prompt is token ids [n] on the target's device."""
     outputs, gaps = [], []
@@ -172,7 +172,7 @@ def decode_plain(
 
 
 def decode_speculatively(
-    target: TargetDecoder,
+    target: Decoder,
     drafter: Drafter,
     prompts: Sequence[Tensor],
     settings: DecodingSettings,
@@ -201,7 +201,7 @@ def decode_speculatively(
 
 
 def _decode_one(
-    target: TargetDecoder,
+    target: Decoder,
     drafter: Drafter,
     prompt: Tensor,
     settings: DecodingSettings,
@@ -263,7 +263,7 @@ def _divergences(outputs: Sequence[list[int]], plain: PlainOutput) -> list[Diver
     return found
 
 
-def _sampler(settings: DecodingSettings, number: int, target: TargetDecoder) -> Sampler:
+def _sampler(settings: DecodingSettings, number: int, target: Decoder) -> Sampler:
     seed = settings.seed * 1_000_003 + number
     return Sampler(settings.temperature, seed=seed, device=target.device)
 

@@ -6,7 +6,7 @@ Plain and speculative decoding run through this same class, so that their speeds
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,34 @@ from colospec.config import Weights
 from colospec.engine.hf import decoder_layers
 from colospec.engine.pretrained import load_model
 from colospec.target import Target
+
+
+class Decoder(Protocol):
+    """What decoding needs of the target: one sequence, new tokens appended call by call.
+
+    Shape letters as in `TargetDecoder`.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
+    @property
+    def num_forwards(self) -> int:
+        """How often `forward` was called."""
+        ...
+
+    def start(self, aux_layer_ids: tuple[int, ...]) -> None:
+        """Forget the last sequence; from now on return these layers' outputs."""
+        ...
+
+    def forward(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Append token_ids [n]; return logits [n, V] and aux hidden states [n, A * H]."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
 
 
 class TargetDecoder:

@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from colospec import demo
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
 from colospec.config import DataConfig, Dtype, RunConfig
 from colospec.data.dataset import Dataset, prepare
-from colospec.data.pack import Plan, Step
+from colospec.data.held_out import HeldOut, Split, split
+from colospec.data.pack import Bin, Plan, Step
 from colospec.draft import registry
 from colospec.launch import visible_gpus
 from colospec.target import Target
@@ -33,6 +36,21 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What is measured once step number `step` of the plan has been made.
+
+    `bins` are the held-out micro-batches, the same number for each trainer, and none where only a
+    probe is due; `has_probe`: real decoding follows them.
+    """
+
+    epoch: int
+    step: int
+    bins: tuple[Bin, ...]
+    num_loss_tokens: int
+    has_probe: bool
+
+
+@dataclass(frozen=True)
 class Job:
     """One run's facts, equal on all ranks."""
 
@@ -43,27 +61,47 @@ class Job:
     spec: FeatureSpec
     num_trainers: int
     total_steps: int
+    split: Split | None = None
+    """None trains on the whole dataset."""
 
     @classmethod
     def load(cls, run: RunConfig, *, num_trainers: int, progress: bool) -> Job:
         """Find the target, tokenise the data (once per machine) and lay out the plan."""
         target = load_target(run)
         data = data_with_path(run.data, run.target.path)
-        dataset = prepare(
-            data, tokenizer_path=target.path, vocab_size=target.vocab_size, progress=progress
-        )
+
+        def tokenised(config: DataConfig) -> Dataset:
+            return prepare(
+                config, tokenizer_path=target.path, vocab_size=target.vocab_size, progress=progress
+            )
+
+        dataset, other = tokenised(data), None
+        if data.held_out_path is not None:
+            other = tokenised(replace(data, path=data.held_out_path))
+        parts = split(dataset, data, other=other)
         plan = Plan(
             dataset.lengths,
             dataset.num_loss_tokens,
             seed=run.seed,
             token_budget=data.token_budget,
             max_sequences=data.max_sequences,
-            fingerprint=dataset.fingerprint,
+            fingerprint=parts.fingerprint,
+            samples=parts.train_ids,
         )
         per_step = num_trainers * run.trainer.accumulation
         total = run.trainer.max_steps or plan.estimate_steps(per_step, run.trainer.epochs)
         spec = registry.features(run.draft, target)
-        return cls(run, target, dataset, plan, spec, num_trainers, total)
+        return cls(run, target, dataset, plan, spec, num_trainers, total, parts)
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        """What is evaluated on, if anything."""
+        return None if self.split is None else self.split.held_out
+
+    @property
+    def token_counts(self) -> NDArray[np.int64]:
+        """How often each token [V] is supervised in what is trained on."""
+        return self.dataset.token_counts if self.split is None else self.split.token_counts
 
     @property
     def micro_batches_per_step(self) -> int:
@@ -105,11 +143,40 @@ class Job:
                 return
             yield step
 
-    def micro_batches(self, step: Step, trainer_rank: int) -> Iterator[TokenBatch]:
-        """Yield one trainer's part of a step: micro-batch m belongs to trainer m % trainers."""
-        for index in range(trainer_rank, len(step.bins), self.num_trainers):
-            cursor = Cursor(step.epoch, step.micro_batch + index, step.step)
-            yield self.dataset.batch(cursor, step.bins[index])
+    def work(self, start: Start) -> Iterator[tuple[Step, Evaluation | None]]:
+        """Yield `steps`, each with the evaluation that follows it, if one does.
+
+        One follows every `interval` steps, and the last step of the run.
+        """
+        steps = self.steps(start)
+        step = next(steps, None)
+        while step is not None:
+            following = next(steps, None)
+            yield step, self._evaluation(step, is_last=following is None)
+            step = following
+
+    def micro_batches(self, part: Step | Evaluation, trainer_rank: int) -> Iterator[TokenBatch]:
+        """Yield one trainer's part: micro-batch m belongs to trainer m % trainers."""
+        if isinstance(part, Evaluation):
+            assert self.held_out is not None
+            dataset, first = self.held_out.dataset, 0
+        else:
+            dataset, first = self.dataset, part.micro_batch
+        for index in range(trainer_rank, len(part.bins), self.num_trainers):
+            cursor = Cursor(part.epoch, first + index, part.step)
+            yield dataset.batch(cursor, part.bins[index])
+
+    def _evaluation(self, step: Step, *, is_last: bool) -> Evaluation | None:
+        def is_due(interval: int) -> bool:
+            return bool(interval) and (is_last or (step.step + 1) % interval == 0)
+
+        trainer, held_out = self.run.trainer, self.held_out
+        evaluates, has_probe = is_due(trainer.eval_interval), is_due(trainer.probe_interval)
+        if held_out is None or not (evaluates or has_probe):
+            return None
+        bins = held_out.bins if evaluates else ()
+        filled = bins + ((),) * (-len(bins) % self.num_trainers)
+        return Evaluation(step.epoch, step.step, filled, held_out.num_loss_tokens(), has_probe)
 
 
 def load_target(run: RunConfig) -> Target:
@@ -129,5 +196,4 @@ def data_with_path(data: DataConfig, target_path: str | None) -> DataConfig:
         return data
     if target_path is not None:
         log.warning("data.path is not set: training on the built-in demo text")
-    values = {**vars(data), "path": str(demo.ensure_data().train_path)}
-    return DataConfig(**values)
+    return replace(data, path=str(demo.ensure_data().train_path))

@@ -17,11 +17,14 @@ from colospec.engine.base import Engine, open_engine
 from colospec.ring import Closed, RingTimeout
 from colospec.ring.local import LocalChannel
 from colospec.topology import Place
-from colospec.train.job import Job, Start
+from colospec.train.job import Evaluation, Job, Start
+from colospec.train.requests import Requests
 from colospec.world import World
 
 log = logging.getLogger(__name__)
 REPORT_S = 1.0
+BUSY_PHASES = (b"checkpoint", b"probe")
+"""Phases of a trainer in which it takes no slots for a long time."""
 
 
 def load_engine(job: Job, world: World) -> Engine:
@@ -48,9 +51,12 @@ def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: St
     may wait for its trainer while the others wait for it inside an all-reduce.
     """
     place, timeout_s = world.place, world.limit.step_s
-    rate = CaptureRate(world)
+    rate, requests = CaptureRate(world), Requests(world.store)
     wanted = True
     for parts in replica_batches(job, place, start):
+        if isinstance(parts, Evaluation):
+            wanted = serve_probe(requests, world, engine, sink) and wanted
+            continue
         own = parts[place.tp_rank]
         views = _acquire(sink, own, world) if wanted else None
         if place.tp_size > 1 and not all_acquired(place, views is not None, 1.5 * timeout_s):
@@ -67,12 +73,48 @@ def produce(job: Job, world: World, engine: Engine, sink: FeatureSink, start: St
         sink.end()
 
 
-def replica_batches(job: Job, place: Place, start: Start) -> Iterator[tuple[TokenBatch, ...]]:
-    """Yield one micro-batch for each trainer of this rank's replica, in the order of its ranks."""
+def replica_batches(
+    job: Job, place: Place, start: Start
+) -> Iterator[tuple[TokenBatch, ...] | Evaluation]:
+    """Yield one micro-batch for each trainer of this rank's replica, in the order of its ranks, and
+    in the first replica each evaluation in which trainer 0 will ask for captures of its own."""
     first = place.replica * place.tp_size
-    for step in job.steps(start):
-        trainers = range(first, first + place.tp_size)
-        yield from zip(*(job.micro_batches(step, trainer) for trainer in trainers), strict=True)
+    trainers = range(first, first + place.tp_size)
+    for step, evaluation in job.work(start):
+        for part in (step, evaluation):
+            if part is not None:
+                yield from zip(*(job.micro_batches(part, t) for t in trainers), strict=True)
+        if evaluation is not None and evaluation.has_probe and place.replica == 0:
+            yield evaluation
+
+
+def serve_probe(requests: Requests, world: World, engine: Engine, sink: FeatureSink) -> bool:
+    """Capture what trainer 0 asks for, until it has enough; False where it trains no more.
+
+    All ranks of the replica read the same requests and run the same forward passes; the first one
+    publishes. A draft that asks for no last hidden states has no room for them in its slots, and a
+    probe needs them: they follow in a slot of their own, in the columns of the first aux layer.
+    """
+    timeout_s = world.limit.step_s + world.limit.checkpoint_s
+    while isinstance(tokens := requests.take(timeout_s=timeout_s), TokenBatch):
+        world.watchdog.beat()
+        if world.place.tp_rank != 0:
+            engine.capture(tokens, None)
+            continue
+        views = sink.acquire(tokens, timeout_s=timeout_s)
+        if views.last_hidden_states is not None:
+            engine.capture(tokens, views)
+            sink.publish()
+            continue
+        spec, aux = engine.spec, views.aux_hidden_states
+        last = torch.empty(len(aux), spec.hidden_size, dtype=spec.dtype, device=aux.device)
+        engine.capture(tokens, Features(aux, last))
+        sink.publish()
+        views = sink.acquire(tokens, timeout_s=timeout_s)
+        views.aux_hidden_states[:, : spec.hidden_size].copy_(last)
+        sink.publish()
+    world.watchdog.beat()
+    return tokens
 
 
 def all_acquired(place: Place, acquired: bool, timeout_s: float) -> bool:
@@ -98,13 +140,13 @@ def all_acquired(place: Place, acquired: bool, timeout_s: float) -> bool:
 def _acquire(sink: FeatureSink, tokens: TokenBatch, world: World) -> Features | None:
     """Wait for a free slot; None once the trainer has closed the ring.
 
-    A trainer that saves is given the time that saving may take.
+    A trainer that saves or probes is given the time that this may take.
     """
     try:
         try:
             return sink.acquire(tokens, timeout_s=world.limit.step_s)
         except RingTimeout:
-            if world.store.peek(f"phase/{world.place.peer}") != b"checkpoint":
+            if world.store.peek(f"phase/{world.place.peer}") not in BUSY_PHASES:
                 raise
             return sink.acquire(tokens, timeout_s=world.limit.checkpoint_s)
     except Closed:
@@ -181,8 +223,10 @@ class AlternateSource(FeatureSource):
         self._rate = CaptureRate(world)
         self._batches = (
             tokens
-            for step in job.steps(start)
-            for tokens in job.micro_batches(step, world.place.role_rank)
+            for parts in job.work(start)
+            for part in parts
+            if part is not None
+            for tokens in job.micro_batches(part, world.place.role_rank)
         )
 
     def acquire(self, *, timeout_s: float) -> Lease | None:

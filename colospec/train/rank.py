@@ -22,6 +22,7 @@ from colospec.ring.spec import SlotLayout
 from colospec.topology import Role, Topology
 from colospec.train.deterministic import make_deterministic
 from colospec.train.job import Job, Start
+from colospec.train.probe_target import LocalTarget, ProbeTarget, RingTarget
 from colospec.train.produce import AlternateSource, load_engine, produce
 from colospec.train.provenance import plain, write_provenance
 from colospec.train.trainer import Trainer
@@ -192,8 +193,11 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
         write_provenance(run, run_dir, world_size=len(world.topology.places), plan=job.plan.digest)
     world.phase("attach", world.limit.load_s)
     source: FeatureSource
+    target: ProbeTarget
     if run.mode is Mode.alternate:
-        source = AlternateSource(job, world, load_engine(job, world), start)
+        engine = load_engine(job, world)
+        source = AlternateSource(job, world, engine, start)
+        target = LocalTarget(engine, world.device)
     else:
         source = Reader(
             world.store,
@@ -208,8 +212,9 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
             payload=run.ring.payload.value,
             lease=run.ring.lease.value,
         )
+        target = RingTarget(world, source, job.spec)
     world.phase("train", 2 * world.limit.step_s)
-    trainer.finish(trainer.train(source))
+    trainer.finish(trainer.train(source, target))
 
 
 def _announce(run: RunConfig, topology: Topology, run_dir: Path, world: World) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ from colospec.batch import FeatureSource
 from colospec.data.pack import Step
 from colospec.evaluate.simulate import simulated_acceptance_length
 from colospec.metrics import Tracker, open_trackers
+from colospec.train.evaluation import accuracies
 from colospec.train.job import Job
 from colospec.train.provenance import plain
 from colospec.world import World
@@ -49,6 +52,13 @@ class StepTimes:
         self.host_wait_s = 0.0
         self.num_steps = self.num_samples = self.num_tokens = self.num_loss_tokens = 0
         self.began = self._last = time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, which must not be a part of a step, out of the window."""
+        paused = time.monotonic()
+        yield
+        self.began += time.monotonic() - paused
 
     def start(self, step: Step) -> None:
         """Begin a step."""
@@ -133,16 +143,33 @@ class Reporter:
     ) -> dict[str, float]:
         """Name the window's means, add rates, write them; return them (on every rank)."""
         metrics = {f"train/{name}": value for name, value in values.items()}
-        steps = sum(name.startswith("acc_") for name in values)
-        accuracies = [values[f"acc_{step}"] for step in range(steps)]
-        metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(accuracies)
+        right = accuracies(values)
+        metrics["train/simulated_acceptance_length"] = simulated_acceptance_length(right)
         if self._world.place.role_rank == 0:
             metrics |= self._rates(times, source)
             for tracker in self._trackers:
                 tracker.log(step, metrics)
-            log.info("%s", self._line(step, metrics, accuracies))
+            log.info("%s", self._line(step, metrics, right))
             if self._progress is not None:
                 self._progress.update(self._task, completed=step)
+        return metrics
+
+    def report_evaluation(
+        self, step: int, group: str, values: dict[str, float]
+    ) -> dict[str, float]:
+        """Name what was measured after `step` steps, write it; return it (on every rank).
+
+        A line of its own: it is the state at a step, not the mean of a window.
+        """
+        metrics = {f"{group}/{name}": value for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+        if group == "eval" and self._world.place.role_rank == 0:
+            right = " ".join(f"{value:.2f}" for value in accuracies(values)[:3])
+            log.info(
+                "eval step %d: loss %.3f  acc %s  sim-accept %.2f",
+                step, values["loss"], right, values["simulated_length"],
+            )  # fmt: skip
         return metrics
 
     def _rates(self, times: StepTimes, source: FeatureSource) -> dict[str, float]:
@@ -173,7 +200,7 @@ class Reporter:
         rates = [float(value) for key in keys if (value := store.peek(key)) is not None]
         return sum(rates) if rates else None
 
-    def _line(self, step: int, metrics: dict[str, float], accuracies: list[float]) -> str:
+    def _line(self, step: int, metrics: dict[str, float], right: list[float]) -> str:
         def tokens(name: str) -> str:
             return f"{metrics[name] / 1000:.1f}k" if name in metrics else "-"
 
@@ -183,7 +210,7 @@ class Reporter:
         parts = [
             f"step {step:5d}/{self._total}",
             f"loss {metrics['train/loss']:.3f}",
-            "acc " + " ".join(f"{value:.2f}" for value in accuracies[:3]),
+            "acc " + " ".join(f"{value:.2f}" for value in right[:3]),
             f"sim-accept {metrics['train/simulated_acceptance_length']:.2f}",
             f"{tokens('perf/tokens_per_s')} tok/s",
             f"engine {tokens('perf/engine_tokens_per_s')}",
@@ -196,3 +223,14 @@ class Reporter:
         if "memory/reserved_gib" in metrics:
             parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
         return "  ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+
+
+def check_best_metric(name: str, group: str, metrics: Mapping[str, float]) -> None:
+    """Raise ValueError, at the first report and not at the end, for a metric that is never there.
+
+    `metrics` are those that a report of `group` has; names of other groups are left to theirs.
+    """
+    known = sorted(key for key in metrics if key.startswith(f"{group}/"))
+    is_ours = name.startswith(f"{group}/") or not name.startswith(("train/", "eval/", "probe/"))
+    if is_ours and name not in known:
+        raise ValueError(f"trainer.best_metric={name} is no metric; there are {', '.join(known)}")

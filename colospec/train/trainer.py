@@ -20,17 +20,19 @@ from torch.distributed.checkpoint.state_dict import (
 
 from colospec.batch import FeatureBatch, FeatureSource
 from colospec.checkpoint.dcp import Checkpointer
-from colospec.checkpoint.export import check_warm_start, export_draft, load_weights
+from colospec.checkpoint.export import export_draft
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
 from colospec.checkpoint.rotate import is_higher_better
+from colospec.checkpoint.warm_start import start_from
 from colospec.data.pack import Step
 from colospec.draft import registry
 from colospec.draft.base import DraftModel, StepContext
 from colospec.metrics import Sums
+from colospec.train.evaluation import accuracies, evaluate
 from colospec.train.frozen import share_frozen
 from colospec.train.fsdp import compute_dtype, shard
-from colospec.train.job import Job, Start
+from colospec.train.job import Evaluation, Job, Start
 from colospec.train.optim import (
     NormLog,
     build_optimizer,
@@ -38,10 +40,13 @@ from colospec.train.optim import (
     learning_rate,
     set_learning_rate,
 )
+from colospec.train.probe import Probe
+from colospec.train.probe_target import ProbeTarget
 from colospec.train.produce import check_lease
 from colospec.train.provenance import plain
-from colospec.train.report import Reporter, StepTimes
+from colospec.train.report import Reporter, StepTimes, check_best_metric
 from colospec.train.same_run import check_same_run
+from colospec.train.stop import StopVote
 from colospec.world import World
 
 log = logging.getLogger(__name__)
@@ -77,6 +82,8 @@ class Trainer:
         )
         self.position = Start()
         self.last_metrics: dict[str, float] = {}
+        """Of the latest report, and of the evaluation of the very same step."""
+        self._evaluated: dict[str, float] = {}
         self.times = StepTimes(job.dataset.lengths, world.device)
         self._batch_sums = Sums()
         self._norms = NormLog(run.trainer.max_skipped_steps)
@@ -85,8 +92,10 @@ class Trainer:
         """Return the draft, whole and alike on all trainers, on this rank's device."""
         job, place, device = self.job, self.world.place, self.world.device
         config, warm_start = job.run.draft, job.run.trainer.init_from
+        # An export that cannot be written is refused before training, not after it.
+        registry.public_format(config.algorithm, job.run.export.format).check(config)
         kind = registry.find(config.algorithm)
-        draft = kind.from_config(config, job.target, token_counts=job.dataset.token_counts)
+        draft = kind.from_config(config, job.target, token_counts=job.token_counts)
         draft.to(device)
         draft.set_target(
             *share_frozen(
@@ -98,8 +107,13 @@ class Trainer:
             )
         )
         if warm_start is not None:
-            check_warm_start(config, Path(warm_start), job.target)
-            load_weights(draft, Path(warm_start))
+            start_from(
+                draft,
+                Path(warm_start),
+                job.target,
+                vocab=job.run.trainer.init_vocab,
+                token_counts=job.dataset.token_counts,
+            )
         return draft
 
     def resume(self) -> Start:
@@ -141,19 +155,23 @@ class Trainer:
             return "auto"
         return self.job.run.resume
 
-    def train(self, source: FeatureSource) -> bool:
-        """Train until the plan ends (True) or somebody asks to stop (False)."""
+    def train(self, source: FeatureSource, target: ProbeTarget) -> bool:
+        """Train until the plan ends (True) or somebody asks to stop (False).
+
+        `target` answers the probes of trainer 0.
+        """
         run = self.job.run.trainer
         reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
         self.times.clear()
         stop = self._ask_to_stop()
         finished = True
         with reporter:
-            for step in self.job.steps(self.position):
+            for step, evaluation in self.job.work(self.position):
                 if stop.wait_any():
                     finished = False
                     break
                 stop = self._ask_to_stop()
+                self._evaluated = {}
                 self.step(step, source)
                 self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
                 self.world.watchdog.beat()
@@ -162,6 +180,8 @@ class Trainer:
                 # A checkpoint is ranked by its own metrics.
                 if done % run.log_interval == 0 or done == 1 or saves:
                     self._report(source, reporter)
+                if evaluation is not None:
+                    self._evaluate(evaluation, source, target, reporter)
                 if saves:
                     self.world.phase("checkpoint", self.world.limit.checkpoint_s)
                     self._save()
@@ -169,6 +189,8 @@ class Trainer:
             else:
                 stop.wait_any()
             self._report(source, reporter)
+        if not finished and self.world.place.role_rank == 0:
+            target.finish(goes_on=False)
         source.close()
         return finished
 
@@ -195,6 +217,8 @@ class Trainer:
                 config=self.job.run.draft,
                 target=self.job.target,
                 facts=self._facts(),
+                format=self.job.run.export.format,
+                dtype=getattr(torch, self.job.run.export.dtype.value),
             )
             log.info("draft exported to %s", directory)
             self._write_result()
@@ -253,9 +277,38 @@ class Trainer:
 
     def _report(self, source: FeatureSource, reporter: Reporter) -> None:
         if values := self.read_metrics():
-            self.last_metrics = reporter.report(self.position.step, values, self.times, source)
-            check_best_metric(self.job.run.trainer.best_metric, list(values))
+            metrics = reporter.report(self.position.step, values, self.times, source)
+            check_best_metric(self.job.run.trainer.best_metric, "train", metrics)
+            self.last_metrics = metrics | self._evaluated
             self.times.clear()
+
+    def _evaluate(
+        self,
+        evaluation: Evaluation,
+        source: FeatureSource,
+        target: ProbeTarget,
+        reporter: Reporter,
+    ) -> None:
+        """Measure on held-out samples, and by real decoding, as far as they are due."""
+        name, step = self.job.run.trainer.best_metric, self.position.step
+        with self.times.paused():
+            if evaluation.bins:
+                values = evaluate(self.job, self.world, self.draft, evaluation, source)
+                self._evaluated |= reporter.report_evaluation(step, "eval", values)
+                check_best_metric(name, "eval", self._evaluated)
+            if evaluation.has_probe:
+                self.world.phase("probe", self.world.limit.checkpoint_s)
+                values = self._probe(evaluation, target)
+                self._evaluated |= reporter.report_evaluation(step, "probe", values)
+                check_best_metric(name, "probe", self._evaluated)
+                self.world.phase("train", 2 * self.world.limit.step_s)
+        self.last_metrics = self.last_metrics | self._evaluated
+
+    def _probe(self, evaluation: Evaluation, target: ProbeTarget) -> dict[str, float]:
+        directory = self.run_dir / "probe" / f"step-{self.position.step:06d}"
+        probe = Probe(self.job, self.world, target, directory, self._facts())
+        seen = {name.removeprefix("train/"): value for name, value in self.last_metrics.items()}
+        return probe.run(self.draft, evaluation, chain_length=len(accuracies(seen)))
 
     def _rng(self) -> dict[str, Tensor]:
         return capture_rng(self.generator, rank=self.world.place.role_rank)
@@ -286,7 +339,7 @@ class Trainer:
         return {
             "steps": self.position.step,
             "data_fingerprint": self.job.dataset.fingerprint,
-            "num_samples": len(self.job.dataset),
+            "num_samples": self.job.plan.num_samples,
             "metrics": self.last_metrics,
         }
 
@@ -302,30 +355,3 @@ class Trainer:
         temporary = self.run_dir / "result.json.tmp"
         temporary.write_text(json.dumps(result, indent=2) + "\n")
         temporary.rename(self.run_dir / "result.json")
-
-
-def check_best_metric(name: str, names: list[str]) -> None:
-    """Raise ValueError, at the first report and not at the end, for a metric that is never there.
-
-    `names` are those of the window, without their prefix.
-    """
-    known = [f"train/{one}" for one in names] + ["train/simulated_acceptance_length"]
-    if name not in known:
-        raise ValueError(f"trainer.best_metric={name} is no metric; there are {', '.join(known)}")
-
-
-class StopVote:
-    """Agreement of all trainers to stop before the same step.
-
-    The vote is started one step ahead and read one step later, so nobody waits for it.
-    """
-
-    def __init__(self, want: bool) -> None:
-        self._votes = torch.tensor([int(want)])
-        self._work = dist.all_reduce(self._votes, async_op=True)
-
-    def wait_any(self) -> bool:
-        """Return whether any trainer wants to stop."""
-        if self._work is not None:
-            self._work.wait()
-        return bool(self._votes.item())

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.checkpoint.export import check_warm_start, load_draft
+from colospec.checkpoint.export import load_draft
+from colospec.checkpoint.warm_start import check_warm_start
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.domino.config import DominoConfig

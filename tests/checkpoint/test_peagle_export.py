@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.checkpoint.export import check_warm_start, load_draft
+from colospec.checkpoint.export import load_draft
+from colospec.checkpoint.warm_start import check_warm_start
+from colospec.config import ExportFormat
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.peagle.config import PEagleConfig
@@ -157,5 +159,8 @@ def test_the_card_says_what_serves_it(target, tmp_path):
     export(draft, config, target, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# P-EAGLE draft model for target-model" in card
-    assert '"num_speculative_tokens": 5' in card
     assert "SGLang 0.5.17 has no P-EAGLE" in card
+    assert "--format speculators" in card
+    export(draft, config, target, tmp_path / "out", format=ExportFormat.speculators)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '"num_speculative_tokens": 5, "parallel_drafting": true' in card

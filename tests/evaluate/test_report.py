@@ -120,3 +120,18 @@ def test_curves_of_an_empty_log_are_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="train/loss"):
         draw_curves(metrics, tmp_path / "curves.png")
+
+
+def test_curves_show_what_was_measured_on_held_out_samples(tmp_path: Path) -> None:
+    metrics, image = tmp_path / "metrics.jsonl", tmp_path / "curves.png"
+    rows = [
+        {"step": step, "train/loss": 3 / step, "train/simulated_acceptance_length": 1.0 + step}
+        for step in (1, 2)
+    ]
+    measured = [{"step": 1, "eval/loss": 4.0}, {"step": 2, "probe/real_length": 2.0}]
+    images = []
+    for lines in (rows, rows + measured):
+        metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_curves(metrics, image)
+        images.append(image.read_bytes())
+    assert images[0] != images[1]

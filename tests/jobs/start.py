@@ -18,7 +18,7 @@ def job(num_ranks, *words, timeout_s=TIMEOUT_S, expect=0, **options):
 def losses(run_dir, name="train/loss"):
     """Every logged value of `name`, by step, as the exact floats that were written."""
     rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row[name] for row in rows}
+    return {row["step"]: row[name] for row in rows if name in row}
 
 
 def files(directory):

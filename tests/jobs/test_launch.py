@@ -93,12 +93,15 @@ def test_a_sweep_inside_torchrun_stops_with_the_right_command(flag):
 
 def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
     words = [*PYTHON, "+mode=colocate", *tiny_job, "launch.gpus=4", "dry_run=true"]
+    words += ["data.held_out_samples=5", "trainer.eval_interval=7", "trainer.probe_interval=9"]
     code, output, _ = run(words, 60, cwd=tmp_path)
     assert code == 0, output
     assert "8 ranks" in output
     assert "cuda:3" in output
     assert re.search(r"steps: \d+ of 4 trainers", output)
     assert "ring: 3 slots x 512 tokens" in output
+    measured = r"5 samples held out,\s+evaluated every 7 steps.*every 9 steps on 4 prompts x 32"
+    assert re.search(measured, output, re.S)
 
 
 def test_ctrl_c_on_the_launcher_leaves_no_rank(tiny_job, tmp_path):

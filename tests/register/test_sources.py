@@ -46,9 +46,12 @@ def test_collectives_are_the_trainers_own_or_the_checkpoint_threads():
     found = list(uses(COLLECTIVES))
     assert {file for file, _, _ in found} == {
         "checkpoint/peers.py",
+        "train/evaluation.py",
         "train/frozen.py",
         "train/optim.py",
+        "train/probe.py",
         "train/produce.py",  # of an engine: the ranks of its replica
+        "train/stop.py",
         "train/trainer.py",
     }
     for file, _, call in found:

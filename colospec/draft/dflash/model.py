@@ -17,6 +17,7 @@ from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.dflash.backbone import BlockBackbone
 from colospec.draft.dflash.config import BlockObjective, DFlashConfig
 from colospec.draft.dflash.public import DFlashFormat
+from colospec.draft.dflash.speculators import DFlashSpeculators
 from colospec.draft.layer import KVCache
 from colospec.draft.rows import pick
 from colospec.target import Target
@@ -26,6 +27,7 @@ class DFlash(BlockBackbone):
     """The draft, its loss, and its decoding."""
 
     public = DFlashFormat()
+    more_formats = (DFlashSpeculators(),)
     config: DFlashConfig
 
     def __init__(self, config: DFlashConfig, target: Target) -> None:

@@ -26,6 +26,7 @@ from colospec.draft.dspark.heads import ConfidenceHead, MarkovHead
 from colospec.draft.dspark.labels import shift_labels
 from colospec.draft.dspark.losses import Rows, SlotLosses, slot_losses
 from colospec.draft.dspark.public import DSparkFormat
+from colospec.draft.dspark.speculators import DSparkSpeculators
 from colospec.draft.layer import KVCache
 from colospec.target import Target
 
@@ -34,6 +35,7 @@ class DSpark(BlockBackbone):
     """The draft, its loss, and its decoding."""
 
     public = DSparkFormat()
+    more_formats = (DSparkSpeculators(),)
     config: DSparkConfig
 
     def __init__(self, config: DSparkConfig, target: Target) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 from colospec.config import DraftConfig
 from colospec.draft.dflash.public import DFlashFormat
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
-from colospec.draft.public import CardText, Shapes
+from colospec.draft.public import CardText, Shapes, vllm_command
 from colospec.target import Target
 
-_HEADS = (
+HEADS = (
     "markov_rank",
     "markov_head_type",
     "enable_confidence_head",
@@ -27,6 +27,7 @@ SGLang (0.5.17):
         --speculative-algorithm DSPARK --speculative-draft-model-path DRAFT \\
         --speculative-dspark-block-size {block_size}
 """
+_VLLM = "\nvLLM (0.33):\n\n"
 
 
 class DSparkFormat(DFlashFormat):
@@ -68,8 +69,8 @@ class DSparkFormat(DFlashFormat):
 
     def read_config(self, contents: dict[str, Any]) -> DSparkConfig:
         inner = contents.get("dflash_config") or {}
-        heads = {key: contents[key] for key in _HEADS if key in contents}
-        heads = {key: inner[key] for key in _HEADS if key in inner} | heads
+        heads = {key: contents[key] for key in HEADS if key in contents}
+        heads = {key: inner[key] for key in HEADS if key in inner} | heads
         if "markov_head_type" in heads:
             heads["markov_head_type"] = MarkovHeadType(heads["markov_head_type"])
         return DSparkConfig(**self.settings(contents), **heads)
@@ -88,10 +89,16 @@ class DSparkFormat(DFlashFormat):
         }
 
     def card(self, contents: dict[str, Any]) -> CardText:
-        rows = super().card(contents).rows | {
+        size, kind = contents["block_size"], contents["markov_head_type"]
+        serve = _SERVE.format(block_size=size)
+        # vLLM has no other kind of head.
+        if kind == MarkovHeadType.vanilla.value:
+            serve += _VLLM + vllm_command("dspark", size)
+        return CardText("DSpark", "dspark", self.rows(contents), serve)
+
+    def rows(self, contents: dict[str, Any]) -> dict[str, str]:
+        return super().rows(contents) | {
             "block": f"{contents['block_size']} tokens are read, and as many drafted",
             "Markov head": f"{contents['markov_head_type']}, rank {contents['markov_rank']}",
             "confidence head": "yes" if contents["enable_confidence_head"] else "no",
         }
-        serve = _SERVE.format(block_size=contents["block_size"])
-        return CardText("DSpark", "dspark", rows, serve)

@@ -32,6 +32,7 @@ from colospec.draft.peagle.config import PEagleConfig
 from colospec.draft.peagle.layers import PlainLayer
 from colospec.draft.peagle.public import PEagleFormat, aux_layers, mask_token_id
 from colospec.draft.peagle.sampling import Places, sample_places
+from colospec.draft.peagle.speculators import PEagleSpeculators
 from colospec.draft.rope import Rope
 from colospec.draft.vocab import build_vocab_mapping
 from colospec.target import Target
@@ -50,6 +51,7 @@ class PEagle(BlockDraft):
     """
 
     public = PEagleFormat()
+    more_formats = (PEagleSpeculators(),)
     config: PEagleConfig
     d2t: Tensor | None
 

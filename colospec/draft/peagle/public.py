@@ -2,35 +2,39 @@
 
 Tensor names are those of the draft module; the target's embedding is not written. Layer ids appear
 twice, as for EAGLE-3: in `eagle_config` layer i means the output of decoder layer i from 0, at the
-top level number j means the input of layer j. Read is also what speculators writes, which nests the
-layers' settings and has only the latter ids.
+top level number j means the input of layer j.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.peagle.config import PEagleConfig
-from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
+from colospec.draft.public import (
+    TARGETS_OWN,
+    CardText,
+    PublicFormat,
+    Shapes,
+    layer_facts,
+    layer_fields,
+)
 from colospec.target import Target
 
-_OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
 _SERVE = """\
-vLLM, in versions that draft in parallel (not tried by colospec; SGLang 0.5.17 has no P-EAGLE):
+SGLang 0.5.17 has no P-EAGLE, and vLLM 0.33 reads it in the layout of speculators. Export the
+checkpoint again with
 
-    vllm serve TARGET --speculative-config \\
-        '{{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": {depths}, \\
-        "parallel_drafting": true}}'
+    python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR --format speculators
 """
 
 
 class PEagleFormat(PublicFormat):
     """`PEagleDraftModel`, the names of vLLM and of the published trainers."""
 
-    architectures = ("PEagleDraftModel", "PEagleSpeculator")
+    architectures: ClassVar[tuple[str, ...]] = ("PEagleDraftModel",)
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, PEagleConfig)
@@ -97,12 +101,6 @@ class PEagleFormat(PublicFormat):
             mask_token_id=mask,
         )
 
-    def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        layer = dict(contents.get("transformer_layer_config") or {})
-        rope = layer.get("rope_parameters") or {}
-        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-        return theta | layer | contents
-
     def target_facts(self, target: Target) -> dict[str, Any]:
         return layer_facts(target)
 
@@ -114,12 +112,16 @@ class PEagleFormat(PublicFormat):
         }
 
     def tensor_name(self, name: str) -> str | None:
-        return None if name in _OF_TARGET else name
+        return None if name in TARGETS_OWN else name
 
     def card(self, contents: dict[str, Any]) -> CardText:
+        return CardText("P-EAGLE", "peagle", self.rows(contents), _SERVE)
+
+    def rows(self, contents: dict[str, Any]) -> dict[str, str]:
+        """Return the card's facts of a config.json."""
         depths = contents["colospec"]["num_depths"]
         layers = contents["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
-        rows = {
+        return {
             "layers": str(contents["num_hidden_layers"]),
             "drafted at once": f"{depths} tokens",
             "draft vocabulary": (
@@ -128,7 +130,6 @@ class PEagleFormat(PublicFormat):
             "mask token": str(contents["mask_token_id"]),
             "aux layers of the target": ", ".join(map(str, layers)),
         }
-        return CardText("P-EAGLE", "peagle", rows, _SERVE.format(depths=depths))
 
 
 def aux_layers(config: PEagleConfig, target: Target) -> tuple[int, ...]:
