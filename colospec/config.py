@@ -87,6 +87,21 @@ class Schedule(Enum):
     wsd = "wsd"
 
 
+class ExportFormat(Enum):
+    """Layout of the exported draft: sglang is also read by vLLM, speculators by vLLM alone."""
+
+    sglang = "sglang"
+    speculators = "speculators"
+
+
+class InitVocab(Enum):
+    """Pruned vocabulary of a draft that training starts from: keep its own, or rebuild it from the
+    supervised tokens of this data."""
+
+    keep = "keep"
+    rebuild = "rebuild"
+
+
 class TrackerName(Enum):
     """Where metrics go beside metrics.jsonl."""
 
@@ -252,6 +267,9 @@ class TrainerConfig:
     """Consecutive steps with NaN or Inf gradients (skipped on all ranks) before the run fails."""
     init_from: str | None = None
     """Exported draft directory to start from; null starts from random weights."""
+    init_vocab: InitVocab = InitVocab.keep
+    """init_from: whose pruned vocabulary the draft gets; rows of the head that the exported draft
+    does not have start from the target's."""
     eval_interval: int = 0
     """Steps between evaluations on the held-out samples, and one at the end; 0 makes none."""
     probe_interval: int = 0
@@ -264,6 +282,13 @@ class TrainerConfig:
     probe_alarm: float = 0.1
     """Gap between real and simulated acceptance length, as a share of the simulated one, above
     which a probe warns."""
+
+
+@dataclass
+class ExportConfig:
+    format: ExportFormat = ExportFormat.sglang
+    dtype: Dtype = Dtype.bfloat16
+    """Type of the weights in the file; float16 for targets that run in it, never auto."""
 
 
 @dataclass
@@ -316,6 +341,7 @@ class RunConfig:
     mps: MpsConfig = field(default_factory=MpsConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     limit: LimitConfig = field(default_factory=LimitConfig)
@@ -370,6 +396,8 @@ def check(run: RunConfig) -> None:
         )
     if trainer.dtype is Dtype.float16:
         raise ValueError("trainer.dtype=float16 would need loss scaling; use bfloat16 or float32")
+    if run.export.dtype is Dtype.auto:
+        raise ValueError("export.dtype=auto does not exist; use bfloat16, float16 or float32")
     if run.seed < 0:
         raise ValueError(f"seed={run.seed} must be at least 0")
     if run.launch.nodes > 1 and not run.launch.rdzv_endpoint:

@@ -79,6 +79,7 @@ def test_missing_mode_lists_the_modes():
         (["trainer.betas=[0.9]"], "two numbers"),
         (["memory.trainer_fraction=0.8"], "above 1"),
         (["trainer.dtype=float16"], "bfloat16 or float32"),
+        (["export.dtype=auto"], "export.dtype=auto does not exist"),
         (["launch.nodes=2"], "launch.rdzv_endpoint"),
         (["launch.nodes=2", "launch.rdzv_endpoint=a:1"], "run_dir"),
         (["launch.gpus=many"], "auto or a number"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import colospec
 from colospec.draft.public import CardText
+from colospec.target import Target
 
 _CARD = """\
 ---
@@ -36,20 +37,19 @@ that are called simulated are estimates from training accuracy.
 """
 
 
-def model_card(
-    target_name: str, contents: dict[str, Any], text: CardText, facts: dict[str, Any]
-) -> str:
-    """Return the card of a draft with these config.json contents; `facts` is any flat or nested
-    JSON about its training."""
+def model_card(target: Target, dtype: str, text: CardText, facts: dict[str, Any]) -> str:
+    """Return the card of a draft for `target`; `facts` is any flat or nested JSON about its
+    training."""
+    kind = ", ".join(target.hf_config.get("architectures") or ())
     rows = {
-        "target": f"{target_name} (hidden size {contents['hidden_size']:,})",
+        "target": f"{target.name} ({kind or 'text model'}, hidden size {target.hidden_size:,})",
         **text.rows,
-        "dtype": contents["dtype"],
+        "dtype": dtype,
         **_flat(facts),
     }
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())
     return _CARD.format(
-        target=target_name,
+        target=target.name,
         title=text.title,
         tag=text.tag,
         version=colospec.__version__,

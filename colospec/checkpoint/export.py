@@ -1,6 +1,6 @@
 """Export a draft as the Hugging Face directory that SGLang and vLLM load, and load one back.
 
-    python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR [--dtype bfloat16]
+    python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR [--format speculators]
 
 An export is written beside its place, checked tensor by tensor, read back, compared bit by bit and
 renamed, so that OUT_DIR is a whole model at any time or not there. Only safetensors and JSON are
@@ -13,7 +13,7 @@ import argparse
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ from colospec.checkpoint.public import (
     FLOATS,
     check_tensors,
     check_values,
+    complete_mapping,
+    may_be_absent,
     read_config,
+    read_format,
     write_config,
 )
 from colospec.checkpoint.state import load_model
-from colospec.config import DraftConfig
+from colospec.config import DraftConfig, ExportFormat
 from colospec.draft import catalog, registry
 from colospec.draft.base import DraftModel
+from colospec.draft.public import PublicFormat, Shapes
 from colospec.target import Target
 
 WEIGHTS = "model.safetensors"
@@ -55,15 +59,18 @@ def export_draft(
     config: DraftConfig,
     target: Target,
     facts: dict[str, Any],
+    format: ExportFormat = ExportFormat.sglang,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write the draft with the weights `state` to `directory`, replacing an export there.
 
     `state` is the whole state dict of the draft module (full tensors, any device); floating-point
     tensors are written as `dtype`; `facts` (JSON) go on the model card. Raises ValueError if the
-    tensors are not those of the public format, RuntimeError if the disk fails.
+    draft cannot be written in `format` or the tensors are not its own, RuntimeError if the disk
+    fails.
     """
-    form = registry.find(config.algorithm).public
+    form = registry.public_format(config.algorithm, format)
+    form.check(config)
     shapes = form.tensor_shapes(config, target)
     kinds = {name: (tuple(t.shape), str(t.dtype)[len("torch.") :]) for name, t in state.items()}
     check_tensors(kinds, shapes, "the state to export")
@@ -72,17 +79,19 @@ def export_draft(
         for name, tensor in state.items()
     }
     check_values(tensors, "the state to export")
-    if target.num_layers - 1 in registry.features(config, target).aux_layer_ids:
+    aux_layer_ids = registry.features(config, target).aux_layer_ids
+    if format is ExportFormat.sglang and target.num_layers - 1 in aux_layer_ids:
         log.warning(
-            "this draft reads the last layer of %s, which SGLang and vLLM do not capture; it can "
-            "be evaluated here but not served", target.path,
+            "this draft reads the last layer of %s, which SGLang does not capture; it can be "
+            "evaluated here and served by vLLM", target.path,
         )  # fmt: skip
     with _replacing(directory) as temporary:
-        contents = write_config(temporary, config, target, dtype)
-        card = model_card(target.name, contents, form.card(contents), facts)
+        contents = write_config(temporary, form, config, target, dtype)
+        card = model_card(target, contents["dtype"], form.card(contents), facts)
         (temporary / "README.md").write_text(card)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        _compare(tensors, read_tensors(temporary / WEIGHTS, shapes))
+        named = {form.file_name(name): tensor for name, tensor in tensors.items()}
+        save_file(named, temporary / WEIGHTS, metadata={"format": "pt"})
+        _compare(tensors, read_tensors(temporary / WEIGHTS, shapes, form))
 
 
 def load_draft(directory: Path, target: Target) -> DraftModel:
@@ -100,53 +109,40 @@ def load_draft(directory: Path, target: Target) -> DraftModel:
 def load_weights(draft: DraftModel, directory: Path) -> None:
     """Overwrite the weights, and the vocabulary mapping, of `draft` by those of an export.
 
-    Raises ValueError if the file is damaged or its tensors are not those of `draft`.
+    Tensors that its format may lack keep their values. Raises ValueError if the file is damaged or
+    its tensors are not those of `draft`.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
-    state = read_tensors(directory / WEIGHTS, shapes, rename=draft.public.tensor_name)
-    draft.load_state_dict(state)
+    state = read_tensors(directory / WEIGHTS, shapes, read_format(directory)[1])
+    draft.load_state_dict(draft.state_dict() | state)
 
 
-def check_warm_start(config: DraftConfig, directory: Path, target: Target) -> None:
-    """Raise ValueError if the draft in `directory` fits `config` by its shapes alone: with other
-    aux layers or norms its weights would be fed with what they were not trained on."""
-    theirs = read_config(directory, target)
-    if theirs.algorithm != config.algorithm:
-        raise ValueError(
-            f"trainer.init_from={directory} is a draft of draft={theirs.algorithm}, not "
-            f"{config.algorithm}; choose draft={theirs.algorithm}"
-        )
-    form = registry.find(config.algorithm).public
-    there, here = form.inputs(theirs, target), form.inputs(config, target)
-    pairs = {key: (there[key], value) for key, value in here.items()}
-    different = [f"draft.{key}: {p[0]} -> {p[1]}" for key, p in pairs.items() if p[0] != p[1]]
-    if different:
-        raise ValueError(
-            f"trainer.init_from={directory} is another draft: {'; '.join(different)}. "
-            "Use its values"
-        )
+def read_tensors(file: Path, shapes: Shapes, form: PublicFormat) -> dict[str, Tensor]:
+    """Read a safetensors file of `form` that must hold just these tensors, by our names.
 
-
-def read_tensors(
-    file: Path, shapes: dict[str, tuple[int, ...]], *, rename: Callable[[str], str | None] = str
-) -> dict[str, Tensor]:
-    """Read a safetensors file that must hold just these tensors, by their names after `rename`;
-    what that turns into None may be there and is left out.
-
-    The header is checked before anything is allocated. Raises ValueError naming the file.
+    The target's own tensors are left out. The header is checked before anything is allocated.
+    Raises ValueError naming the file and listing all that is missing, unexpected or wrong.
     """
     try:
         with safe_open(file, framework="pt") as weights:
-            names = {ours: name for name in weights.keys() if (ours := rename(name))}  # noqa: SIM118
+            names = {
+                ours: name
+                for name in weights.keys()  # noqa: SIM118
+                if (ours := form.tensor_name(name))
+            }
             slices = {ours: weights.get_slice(name) for ours, name in names.items()}
             kinds = {
                 name: (tuple(part.get_shape()), _DTYPE_NAMES.get(code := part.get_dtype(), code))
                 for name, part in slices.items()
             }
-            check_tensors(kinds, shapes, str(file))
+            absent = may_be_absent(form, names.keys())
+            wanted = {name: shape for name, shape in shapes.items() if name not in absent}
+            check_tensors(kinds, wanted, str(file))
             tensors = {ours: weights.get_tensor(name) for ours, name in names.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+    if "t2d" in shapes:
+        complete_mapping(tensors, shapes["t2d"][0], str(file))
     check_values(tensors, str(file))
     return tensors
 
@@ -215,7 +211,8 @@ def _export_checkpoint(args: argparse.Namespace) -> None:
         config=config,
         target=target,
         facts={**meta.get("facts", {}), "step": found.step, "metrics": found.manifest.metrics},
-        dtype=getattr(torch, args.dtype),
+        format=ExportFormat(args.format or run["export"]["format"]),
+        dtype=getattr(torch, args.dtype or run["export"]["dtype"]),
     )
     log.info("step %d exported to %s", found.step, args.directory)
 
@@ -228,7 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path, help="run_dir/checkpoint/step-NNNNNN")
     parser.add_argument("directory", type=Path, help="where to write the draft model")
-    parser.add_argument("--dtype", choices=FLOATS, default="bfloat16", help="of the weights")
+    parser.add_argument(
+        "--format",
+        choices=[form.value for form in ExportFormat],
+        help="sglang (vLLM reads it too) or speculators; default: the run's export.format",
+    )
+    parser.add_argument(
+        "--dtype", choices=FLOATS, help="of the weights; default: the run's export.dtype"
+    )
     parser.add_argument("--target", type=Path, help="the target model, if it has been moved")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -6,6 +6,7 @@ What the formats hold is the algorithms' own (see `draft.public`).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 import colospec
 from colospec.config import DraftConfig
 from colospec.draft import registry
-from colospec.draft.public import MAPPING
+from colospec.draft.public import MAPPING, SPECULATORS_KEY, PublicFormat
 from colospec.target import Target
 
 CONFIG = "config.json"
@@ -60,18 +61,41 @@ def check_values(tensors: dict[str, Tensor], where: str) -> None:
             )
 
 
+def may_be_absent(form: PublicFormat, names: Iterable[str]) -> set[str]:
+    """Return the tensors that a file with these tensors may lack: its mask of the vocabulary where
+    it has the offsets, its head where that is the target's whole one."""
+    follows = {"t2d"} if "d2t" in set(names) else {"lm_head.weight"}
+    return (follows & form.may_lack) - set(names)
+
+
+def complete_mapping(tensors: dict[str, Tensor], vocab_size: int, where: str) -> None:
+    """Give a pruned vocabulary its mask t2d if it is missing, and its d2t as offsets if the mask
+    shows that it holds token ids. Raises ValueError for tokens outside the vocabulary."""
+    d2t = tensors["d2t"]
+    places = torch.arange(len(d2t))
+    if "t2d" not in tensors:
+        ids = d2t + places
+        if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+            raise ValueError(f"{where}: d2t leads outside the target's {vocab_size} tokens")
+        tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool)
+        tensors["t2d"][ids] = True
+    elif torch.equal(d2t, chosen := tensors["t2d"].nonzero().flatten()):
+        tensors["d2t"] = chosen - places
+
+
 def write_config(
-    directory: Path, config: DraftConfig, target: Target, dtype: torch.dtype
+    directory: Path, form: PublicFormat, config: DraftConfig, target: Target, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Write `directory`/config.json and return its contents."""
-    form = registry.find(config.algorithm).public
     fields = form.config_fields(config, target)
     name = str(dtype).removeprefix("torch.")
+    dtypes = {"dtype": name, "torch_dtype": name}
+    if "transformer_layer_config" in fields:
+        fields["transformer_layer_config"] |= dtypes
     contents = {
         "architectures": [form.architectures[0]],
         **fields,
-        "dtype": name,
-        "torch_dtype": name,
+        **dtypes,
         "colospec": {"version": colospec.__version__, **fields["colospec"]},
     }
     (directory / CONFIG).write_text(json.dumps(contents, indent=2) + "\n")
@@ -79,32 +103,46 @@ def write_config(
 
 
 def read_config(directory: Path, target: Target) -> DraftConfig:
-    """Read `directory`/config.json as a draft for `target`.
+    """Return the settings of `read_public`."""
+    return read_public(directory, target)[0]
+
+
+def read_public(directory: Path, target: Target) -> tuple[DraftConfig, PublicFormat]:
+    """Read `directory`/config.json as a draft for `target`; return its settings and its format.
 
     Raises ValueError if it is none, or is one for another target, listing what differs.
     """
     file = directory / CONFIG
-    try:
-        contents = json.loads(file.read_text())
-        architectures = contents.get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    algorithm = registry.find_architecture(name) if isinstance(name, str) else None
-    if algorithm is None:
-        known = ", ".join(registry.architectures())
-        raise ValueError(f"{file} has architectures={architectures}, expected one of {known}")
-    form = algorithm.public
+    contents, form = read_format(directory)
     try:
         config = form.read_config(contents)
-        found = form.facts(contents)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as {name}: {error}") from error
+        facts = form.facts(contents)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as {form.architectures[0]}: {error}") from error
     different = [
-        f"{key} {found[key]}, expected {value}"
+        f"{key} {facts[key]}, expected {value}"
         for key, value in form.target_facts(target).items()
-        if found.get(key, value) != value
+        if facts.get(key, value) != value
     ]
     if different:
         raise ValueError(f"{file} is for another target than {target.path}: {'; '.join(different)}")
-    return config
+    return config, form
+
+
+def read_format(directory: Path) -> tuple[dict[str, Any], PublicFormat]:
+    """Return the contents of `directory`/config.json and the format that they are of.
+
+    Raises ValueError if no draft algorithm knows it.
+    """
+    file = directory / CONFIG
+    try:
+        contents = json.loads(file.read_text())
+        architectures, kind = contents.get("architectures"), contents.get(SPECULATORS_KEY)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    form = registry.find_format(contents)
+    if form is None:
+        known = ", ".join(registry.architectures())
+        found = f"architectures={architectures}" + (f", {SPECULATORS_KEY}={kind}" if kind else "")
+        raise ValueError(f"{file} has {found}, expected one of {known}")
+    return contents, form

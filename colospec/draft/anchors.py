@@ -37,9 +37,9 @@ class Blocks:
 
     context_rows [C]: packed positions, ascending; context_positions [C]: their place in the
     document. input_ids, position_ids [N * b]: what the slots read, block after block. offsets [N]:
-    the anchor's place in its document, which is also how many context rows its block may see.
-    slots [P]: supervised slots, as indices into N * b; labels [P]: their tokens; places [P]: k - 1
-    of each, 0 to b - 2.
+    the anchor's place in its document, which is also how many context rows its block may see;
+    starts [N]: the first of these rows. slots [P]: supervised slots, as indices into N * b; labels
+    [P]: their tokens; places [P]: k - 1 of each, 0 to b - 2.
 
     On the CPU: `spans`, one for each document that has blocks; `lengths`, the offsets; `counts`,
     supervised slots by place.
@@ -51,6 +51,7 @@ class Blocks:
     input_ids: Tensor
     position_ids: Tensor
     offsets: Tensor
+    starts: Tensor
     slots: Tensor
     labels: Tensor
     places: Tensor
@@ -67,6 +68,7 @@ class Blocks:
             to_device(self.input_ids, device),
             to_device(self.position_ids, device),
             to_device(self.offsets, device),
+            to_device(self.starts, device),
             to_device(self.slots, device),
             to_device(self.labels, device),
             to_device(self.places, device),
@@ -117,6 +119,7 @@ def build_blocks(
         rows.append(torch.arange(begin, begin + length))
         first, used = first + size, used + length
     context_rows = torch.cat(rows)
+    begins = torch.tensor([span.start for span in spans], dtype=torch.int64)
     steps = torch.arange(block_size)
     places = anchors[:, None] + steps
     inside = places < end[:, None]
@@ -132,6 +135,7 @@ def build_blocks(
         input_ids=input_ids.flatten(),
         position_ids=(tokens.position_ids[anchors][:, None] + steps).flatten(),
         offsets=offsets,
+        starts=begins.repeat_interleave(sizes),
         slots=block * block_size + slot,
         labels=tokens.token_ids[label[block, slot]],
         places=slot - 1,

@@ -61,10 +61,12 @@ class DraftModel(nn.Module):
     """Base of all draft algorithms: the target's frozen weights, and what a subclass must define.
 
     Two buffers: `embedding` [V, H] and `target_head` [V, H] (None where the target ties them).
-    `public` is how inference engines know it.
+    `public` is how inference engines know it, and `more_formats` are other layouts that it can be
+    exported in and started from.
     """
 
     public: ClassVar[PublicFormat]
+    more_formats: ClassVar[tuple[PublicFormat, ...]] = ()
     config: DraftConfig
 
     embedding: Tensor
@@ -176,8 +178,9 @@ class BlockDraft(DraftModel):
         """Return empty caches for one sequence."""
         raise NotImplementedError
 
-    def read(self, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
-        """Append the target's aux hidden states [m, A * H] of the next m tokens."""
+    def read(self, token_ids: Tensor, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        """Append the target's aux hidden states [m, A * H] of the next m tokens; token_ids [m]: the
+        token behind each."""
         raise NotImplementedError
 
     def draft(

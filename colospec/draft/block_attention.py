@@ -3,8 +3,9 @@
 Full layers let the slots of a block see each other in both directions. Sliding layers are causal
 inside the block too, and see no further back than `window` tokens, the own one counted.
 
-Blocks of one document are taken some at a time; their scores live for that time alone and are
-computed again in backward, so that memory is that of the inputs.
+On a GPU, kernels keep no scores at all. Elsewhere, and in float64, blocks of one document are taken
+some at a time; their scores live for that time alone and are computed again in backward. Either
+way, memory is that of the inputs.
 
 Shape letters: N blocks of b slots, C context rows, Q query heads, M key-value heads (M divides Q),
 D head size; in a chunk G blocks of one document, L context rows, R = Q / M * b queries for each
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.anchors import Blocks
+from colospec.draft.kernels import choice
 
 MAX_SCORES = {"cpu": 2**22, "cuda": 2**27}
 
@@ -40,8 +42,47 @@ def block_attention(
     query [N * b, Q, D]; context: keys and values [C, M, D]; block: keys and values [N * b, M, D] of
     the slots. `window` None is a full layer. The scale is 1 / sqrt(D).
     """
-    out: Tensor = _BlockAttention.apply(query, *context, *block, blocks, window)  # type: ignore[no-untyped-call]
+    function = _Fused if choice.fused(query) else _BlockAttention
+    out: Tensor = function.apply(query, *context, *block, blocks, window)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Fused(Function):
+    """The kernels: nothing but the inputs, the result and one number for each query is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        own_key: Tensor,
+        own_value: Tensor,
+        blocks: Blocks,
+        window: int | None,
+    ) -> Tensor:
+        from colospec.draft.kernels import block_attention as kernels
+
+        reach = kernels.Reach(
+            blocks.starts, blocks.starts + blocks.offsets, blocks.size, window or 0
+        )
+        parts = [part.contiguous() for part in (query, key, value, own_key, own_value)]
+        query, key, value, own_key, own_value = parts
+        out, norm = kernels.attend(query, (key, value), (own_key, own_value), reach)
+        ctx.save_for_backward(*parts, out, norm)
+        ctx.reach = reach
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        from colospec.draft.kernels.block_attention_backward import attend_backward
+
+        query, key, value, own_key, own_value, out, norm = ctx.saved_tensors
+        grads = attend_backward(
+            grad.contiguous(), query, (key, value), (own_key, own_value), out, norm, ctx.reach
+        )
+        return *grads, None, None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ The head is not trained, so the gradient of one row's loss in its state is all t
 (softmax - label) times the head. The forward pass computes it while the row's logits exist, and
 weights that are chosen afterwards, even from the losses themselves, only scale it.
 
-Shape letters: P rows, H hidden size, V target vocabulary.
+Shape letters: P rows, H hidden size, V target vocabulary, R rows of a chunk.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from colospec.draft.loss import CHUNK_TOKENS, MAX_ELEMENTS
+from colospec.draft.kernels import choice
+from colospec.draft.loss import CHUNK_TOKENS
+
+# Most elements of the logits of a chunk. One such tensor lives at a time on a GPU, in the type of
+# the head, and about four on a CPU. The fewer rows, the less of a GPU do the products fill.
+MAX_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**28}
 
 
 def head_cross_entropy(
     hidden: Tensor, head: Tensor, labels: Tensor, *, chunk_tokens: int | None
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of each row [P], float32 (float64 for float64 states), and whether its most
-    likely token is the label [P] bool.
+    likely token, the first of equally likely ones, is the label [P] bool.
 
     hidden [P, H]: normed states; head [V, H]; labels [P] int64. At most `chunk_tokens` rows at a
     time have logits; None is CHUNK_TOKENS of the device.
@@ -50,16 +55,13 @@ class _CrossEntropy(Function):
         rows = max(1, min(wanted, MAX_ELEMENTS[kind] // len(head)))
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            label = labels[part, None]
-            logits = (hidden[part].to(head.dtype) @ head.T).to(dtype)
-            right[part] = logits.argmax(-1) == labels[part]
-            norm = logits.logsumexp(-1, keepdim=True)
-            chosen = logits.gather(1, label)
-            loss[part] = (norm - chosen).squeeze(1)
+            logits = hidden[part].to(head.dtype) @ head.T
+            slope = _compare(logits, labels[part], loss[part], right[part], gradients=gradients)
+            del logits
             if grad is not None:
-                probs = logits.sub_(norm).exp_()
-                probs.scatter_add_(1, label, torch.full_like(chosen, -1.0))
-                grad[part] = (probs.to(head.dtype) @ head).to(grad.dtype)
+                grad[part] = slope @ head
+            # Or two chunks would live while the next one is computed.
+            del slope
         ctx.mark_non_differentiable(right)
         if grad is not None:
             ctx.save_for_backward(grad)
@@ -69,4 +71,28 @@ class _CrossEntropy(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (states,) = ctx.saved_tensors
-        return (states * grad.unsqueeze(1)).to(states.dtype), None, None, None, None
+        scaled = torch.mul(states, grad.unsqueeze(1), out=torch.empty_like(states))
+        return scaled, None, None, None, None
+
+
+def _compare(
+    logits: Tensor, labels: Tensor, loss: Tensor, right: Tensor, *, gradients: bool
+) -> Tensor:
+    """Write `loss` and `right` [R]; return the gradient of the loss in logits [R, V], of their
+    type, if `gradients` are wanted. The logits are given up."""
+    if choice.fused(logits):
+        from colospec.draft.kernels.cross_entropy import cross_entropy_
+
+        cross_entropy_(logits, labels, loss, right, gradients=gradients)
+        return logits
+    wide = logits.to(loss.dtype)
+    right.copy_(wide.argmax(-1) == labels)
+    norm = wide.logsumexp(-1, keepdim=True)
+    label = labels.unsqueeze(1)
+    chosen = wide.gather(1, label)
+    loss.copy_((norm - chosen).squeeze(1))
+    if not gradients:
+        return logits
+    probs = wide.sub_(norm).exp_()
+    probs.scatter_add_(1, label, torch.full_like(chosen, -1.0))
+    return probs.to(logits.dtype)

@@ -69,6 +69,12 @@ class RMSNorm(nn.Module):
         out: Tensor = _RMSNorm.apply(states, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
+    def add(self, states: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return states + branch (None: the states) and that normed; both gradients come back as
+        one."""
+        out: tuple[Tensor, Tensor] = _AddNorm.apply(states, branch, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return out
+
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), x [T, D]; saves x, gate(x) and up(x), no product."""
@@ -105,10 +111,14 @@ class Attention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """One decoder layer over the pair of token embedding and hidden state."""
+    """One decoder layer over the pair of token embedding and hidden state.
 
-    def __init__(self, shape: LayerShape) -> None:
+    It adds to the hidden state, or with `norm_before_residual` to the normed one.
+    """
+
+    def __init__(self, shape: LayerShape, *, norm_before_residual: bool = False) -> None:
         super().__init__()
+        self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.eps)
         self.self_attn = Attention(shape)
@@ -119,10 +129,12 @@ class DraftLayer(nn.Module):
         self, embeds: Tensor, hidden: Tensor, table: tuple[Tensor, Tensor], attend: Attend
     ) -> Tensor:
         """Return the next hidden states [T, D], before any norm; `embeds` and `hidden` [T, D]."""
-        left, right, after = self.input_layernorm, self.hidden_norm, self.post_attention_layernorm
+        left, right = self.input_layernorm, self.hidden_norm
         pair = _NormPair.apply(embeds, hidden, left.weight, right.weight, left.eps)  # type: ignore[no-untyped-call]
+        if self.norm_before_residual:
+            hidden = pair[:, embeds.shape[1] :].contiguous()
         branch = self.self_attn(pair, table, attend)
-        hidden, normed = _AddNorm.apply(hidden, branch, after.weight, after.eps)  # type: ignore[no-untyped-call]
+        hidden, normed = self.post_attention_layernorm.add(hidden, branch)
         return hidden + self.mlp(normed)  # type: ignore[no-any-return]
 
 
@@ -214,10 +226,13 @@ class _AddNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, branch: Tensor, weight: Tensor, eps: float
+        ctx: Any, states: Tensor, branch: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         out = torch.empty_like(states)
-        if choice.fused(states):
+        if branch is None:
+            total = states
+            scale = _normalize(states, weight, eps, out)
+        elif choice.fused(states):
             from colospec.draft.kernels import norm as kernels
 
             total = torch.empty_like(states)
@@ -231,11 +246,11 @@ class _AddNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = any(ctx.needs_input_grad[:2])
+        first, second = ctx.needs_input_grad[:2]
         grad_states, grad_weight = _normalize_backward(
-            grad, *ctx.saved_tensors, wanted=wanted, more=grad_total
+            grad, *ctx.saved_tensors, wanted=first or second, more=grad_total
         )
-        return grad_states, grad_states, grad_weight, None
+        return grad_states, grad_states if second else None, grad_weight, None
 
 
 def _normalize(states: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
@@ -306,7 +321,7 @@ class _Project(Function):
         states, *weights, cos, sin = ctx.saved_tensors
         turned = [rotate_back(grad.contiguous(), (cos, sin)) for grad in grads[:2]]
         parts = [grad.flatten(1) for grad in (*turned, grads[2])]
-        grad_states, grad_weights = _linear_backward(parts, states, weights)
+        grad_states, grad_weights = linear_backward(parts, states, weights)
         return grad_states, *grad_weights, None, None, None
 
 
@@ -326,11 +341,11 @@ class _MLP(Function):
         product, *parts = _swiglu_backward(grad @ down, left, right)
         grad_down = grad.T @ product
         del product
-        grad_states, grad_weights = _linear_backward(parts, states, (gate, up))
+        grad_states, grad_weights = linear_backward(parts, states, (gate, up))
         return grad_states, *grad_weights, grad_down
 
 
-def _linear_backward(
+def linear_backward(
     grads: Sequence[Tensor], states: Tensor, weights: Sequence[Tensor]
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the gradients of `states`, which several linear maps read, and of their weights."""

@@ -1,18 +1,24 @@
-"""How a draft looks outside colospec: the format that inference engines load, as data.
+"""How a draft looks outside colospec: the formats that inference engines load, as data.
 
-Each algorithm has a `PublicFormat` beside its module. Files are read and written by `checkpoint`.
+Each algorithm has a `PublicFormat` beside its module, and one more for every other layout that it
+can be written in. Files are read and written by `checkpoint`.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from colospec.config import DraftConfig
+from colospec.config import DraftConfig, ExportFormat
 from colospec.target import Target
 
 Shapes = dict[str, tuple[int, ...]]
+SPECULATORS_KEY = "speculators_model_type"
+"""In every config.json of speculators, and in no other."""
+TARGETS_OWN = frozenset(("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight"))
+"""Tensors of the target that other programs write into a draft's file."""
 MAPPING = {"t2d": "bool", "d2t": "int64"}
 """Tensors of a pruned vocabulary, which are not trained, and their dtypes by torch's name."""
 
@@ -29,13 +35,25 @@ class CardText:
 
 
 class PublicFormat:
-    """Tensor names, config.json and model card of one algorithm.
+    """Tensor names, config.json and model card of one algorithm in one layout.
 
-    `architectures` are the entries in config.json that mean this format: the first is written, all
-    are read.
+    `name` is what export.format says. `architectures` are the entries in config.json that mean this
+    format: the first is written, all are read. `may_lack` are tensors that a file of another
+    program may leave out: the draft's own start values stand in.
     """
 
+    name: ClassVar[ExportFormat] = ExportFormat.sglang
     architectures: ClassVar[tuple[str, ...]]
+    may_lack: ClassVar[frozenset[str]] = frozenset()
+
+    def matches(self, contents: dict[str, Any]) -> bool:
+        """Return whether a config.json is of this format."""
+        names = contents.get("architectures")
+        first = names[0] if isinstance(names, list) and names else None
+        return SPECULATORS_KEY not in contents and first in self.architectures
+
+    def check(self, config: DraftConfig) -> None:
+        """Raise ValueError for a draft that engines would serve wrongly from this format."""
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         """Return the shape of every tensor, by name: those of the module's state dict."""
@@ -64,18 +82,38 @@ class PublicFormat:
         raise NotImplementedError
 
     def tensor_name(self, name: str) -> str | None:
-        """Return our name of a tensor of another program's file; None for one that is the target's
-        own, which we take from the target."""
+        """Return our name of a tensor in a file of this format, written by any program; None for
+        one that is the target's own, which we take from the target."""
+        return name
+
+    def file_name(self, name: str) -> str:
+        """Return the name under which our tensor `name` is written."""
         return name
 
     def card(self, contents: dict[str, Any]) -> CardText:
         """Return what the model card says, given config.json."""
         raise NotImplementedError
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        """Return the arguments of SGLang, all named `speculative_...` but without the path, by
+        which it proposes `chain_length` tokens per verify step.
+
+        Raises ValueError for what SGLang does not serve.
+        """
+        del chain_length
+        raise ValueError(f"SGLang does not serve draft.algorithm={config.algorithm}")
+
     def num_parameters(self, config: DraftConfig, target: Target) -> int:
         """Return how many numbers are trained."""
         shapes = self.tensor_shapes(config, target)
         return sum(math.prod(shape) for name, shape in shapes.items() if name not in MAPPING)
+
+
+def vllm_command(method: str, num_tokens: int, **more: Any) -> str:
+    """Return the card's command for vLLM; `num_tokens` are drafted before they are verified, and
+    `more` are other settings of its speculative config."""
+    settings = {"method": method, "model": "DRAFT", "num_speculative_tokens": num_tokens, **more}
+    return f"    vllm serve TARGET \\\n        --speculative-config '{json.dumps(settings)}'\n"
 
 
 def layer_fields(target: Target, intermediate_size: int | None) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from colospec.batch import FeatureSpec
-from colospec.config import DraftConfig, Weights
+from colospec.config import DraftConfig, ExportFormat, Weights
 from colospec.draft import catalog
 from colospec.draft.base import DraftModel
+from colospec.draft.public import PublicFormat
 from colospec.target import Target
 
 
@@ -21,18 +23,36 @@ def find(name: str) -> type[DraftModel]:
     return model
 
 
-def find_architecture(name: str) -> type[DraftModel] | None:
-    """Return the algorithm whose architecture in config.json is `name`; None if there is none."""
-    for algorithm in map(find, catalog.algorithms()):
-        if name in algorithm.public.architectures:
-            return algorithm
+def formats(algorithm: str) -> dict[ExportFormat, PublicFormat]:
+    """Return the layouts that drafts of `algorithm` can have outside, by name."""
+    kind = find(algorithm)
+    return {form.name: form for form in (kind.public, *kind.more_formats)}
+
+
+def public_format(algorithm: str, name: ExportFormat) -> PublicFormat:
+    """Return one of `formats`; raises ValueError listing those that the algorithm has."""
+    known = formats(algorithm)
+    if name not in known:
+        raise ValueError(
+            f"export.format={name.value}: draft={algorithm} cannot be written so; choose one of "
+            f"{', '.join(form.value for form in known)}"
+        )
+    return known[name]
+
+
+def find_format(contents: dict[str, Any]) -> PublicFormat | None:
+    """Return the format of a draft with this config.json; None if no algorithm knows it."""
+    for algorithm in catalog.algorithms():
+        for form in formats(algorithm).values():
+            if form.matches(contents):
+                return form
     return None
 
 
 def architectures() -> list[str]:
-    """Return all architectures that `find_architecture` knows."""
-    models = map(find, catalog.algorithms())
-    return [name for model in models for name in model.public.architectures]
+    """Return all architectures that `find_format` knows."""
+    forms = [form for algorithm in catalog.algorithms() for form in formats(algorithm).values()]
+    return list(dict.fromkeys(name for form in forms for name in form.architectures))
 
 
 def features(config: DraftConfig, target: Target) -> FeatureSpec:

@@ -12,6 +12,7 @@ import torch
 
 from colospec.config import Weights
 from colospec.engine.base import EngineSettings
+from colospec.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def server_args(settings: EngineSettings) -> Any:
     chosen = {str(key): value for key, value in settings.config.server_args.items()}
     check_keys(chosen, {field.name for field in dataclasses.fields(kind)})
     if "attention_backend" not in chosen:
-        chosen["attention_backend"] = _attention_backend(settings)
+        chosen["attention_backend"] = attention_backend(
+            settings.target, settings.spec.dtype, settings.device
+        )
     try:
         return kind(**_needed(settings), **chosen)
     except (AssertionError, NotImplementedError, TypeError, ValueError) as error:
@@ -181,10 +184,11 @@ def _needed(settings: EngineSettings) -> dict[str, Any]:
     }
 
 
-def _attention_backend(settings: EngineSettings) -> str:
-    if settings.device.type == "cpu":
+def attention_backend(target: Target, dtype: torch.dtype, device: torch.device) -> str:
+    """Return SGLang's name of the fastest attention that is known to work here."""
+    if device.type == "cpu":
         return "torch_native"
-    reason = _why_not_fa3(settings)
+    reason = _why_not_fa3(target, dtype, device)
     if reason is None:
         log.info("engine sglang: fa3 attention")
         return "fa3"
@@ -192,9 +196,8 @@ def _attention_backend(settings: EngineSettings) -> str:
     return "triton"
 
 
-def _why_not_fa3(settings: EngineSettings) -> str | None:
-    target, dtype = settings.target, settings.spec.dtype
-    capability = torch.cuda.get_device_capability(settings.device)
+def _why_not_fa3(target: Target, dtype: torch.dtype, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"fa3 is for compute capability 9.0, and this GPU has {capability}"
     if dtype not in FA3_DTYPES:

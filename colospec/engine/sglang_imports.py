@@ -35,15 +35,16 @@ ABSENT_ON_CPU = ("sgl_kernel",)
 REALLY_ABSENT = frozenset({"flashinfer.norm", "sgl_kernel.scalar_type"})
 
 
-def prepare(device_type: str) -> None:
+def prepare(device_type: str, *, also_absent: Sequence[str] = ()) -> None:
     """Import SGLang's runner, with stand-ins where packages are absent; idempotent.
 
-    Raises RuntimeError, with what to type, where SGLang cannot be imported.
+    `also_absent` names further packages that the caller does not need. Raises RuntimeError, with
+    what to type, where SGLang cannot be imported.
     """
     if "sglang.srt.model_executor.model_runner" in sys.modules:
         return
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
-    names = list(ABSENT_ANYWHERE)
+    names = [*ABSENT_ANYWHERE, *also_absent]
     if device_type == "cpu":
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
         names += ABSENT_ON_CPU
@@ -51,6 +52,8 @@ def prepare(device_type: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if "flashinfer" in missing:
         os.environ["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
+    if "deep_gemm" in missing:
+        os.environ["SGLANG_ENABLE_JIT_DEEPGEMM"] = "false"
     # transformers remembers its answer: it must not take the stand-in for the package.
     importlib.import_module("transformers.utils").is_torchvision_available()
     if missing:

@@ -1,6 +1,7 @@
 """Measure a draft by real speculative decoding:
 
 python -m colospec.evaluate --target DIR --draft EXPORT_DIR --prompts FILE
+python -m colospec.evaluate ... --through sglang     # also as it will be served, with speeds
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ from colospec.evaluate.compare import compare
 from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import open_drafter
 from colospec.evaluate.prompts import read_prompts
+from colospec.evaluate.through import (
+    arguments_of,
+    check_machine,
+    decode_through_sglang,
+    greedily_proposed,
+    warn_if_apart,
+)
 from colospec.log import console, to_console
 from colospec.target import Target
 
@@ -36,13 +44,17 @@ def main(arguments: list[str] | None = None) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
+    if options.through == "sglang":
+        check_machine(target, device)
     prompts = read_prompts(
         options.prompts,
         load_tokenizer(target.path),
         num_prompts=options.num_prompts,
         prompt_tokens=options.prompt_tokens,
     )
-    drafter = open_drafter(load_draft(options.draft, target).to(device), target)
+    # In the dtype in which engines serve it.
+    model = load_draft(options.draft, target).to(device, target.dtype)
+    drafter = open_drafter(model, target)
     decoder = TargetDecoder(target, device=device, trust_remote_code=options.trust_remote_code)
     settings = DecodingSettings(
         max_new_tokens=options.max_new_tokens,
@@ -50,11 +62,34 @@ def _evaluate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
     )
+    drafting = (
+        arguments_of(model, options.draft, settings.chain_length)
+        if options.through == "sglang"
+        else None
+    )
     comparison = compare(decoder, {"draft": drafter}, prompts, settings)
     console.print(comparison.table())
+    report = comparison.to_dict()
+    if drafting is not None:
+        sampled = greedily_proposed(decoder, drafter, prompts, settings)
+        del decoder, drafter, model
+        torch.cuda.empty_cache()
+        served = decode_through_sglang(
+            target,
+            drafting,
+            prompts,
+            settings,
+            device=device,
+            batch_sizes=options.batch_sizes,
+            trust_remote_code=options.trust_remote_code,
+        )
+        real = comparison.drafters["draft"].greedy
+        console.print(served.table(real, sampled))
+        warn_if_apart(served, real)
+        report["through_sglang"] = served.to_dict(sampled)
     if options.json:
         asked = {name: str(value) for name, value in vars(options).items() if name != "json"}
-        report = {"settings": asked, **comparison.to_dict()}
+        report = {"settings": asked, **report}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"wrote {options.json}")
 
@@ -78,9 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=defaults.seed, help="of the sampling")
     add("--dtype", default="auto", help="of the target")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+    add("--through", choices=("loop", "sglang"), default="loop", help="sglang: also as served")
+    add("--batch-sizes", type=_sizes, default="1,8,32", help="prompts at a time in SGLang")
     add("--trust-remote-code", action="store_true", help="run code of the target's directory")
     add("--json", type=Path, default=None, help="write all numbers to this file")
     return parser
+
+
+def _sizes(text: str) -> list[int]:
+    """Parse "1,8,32"; argparse explains a ValueError."""
+    sizes = [int(part) for part in text.split(",")]
+    if min(sizes) < 1:
+        raise ValueError
+    return sizes
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class TargetDecoder:
 
 
 def eos_token_ids(target: Target) -> frozenset[int]:
-    """Return the tokens that end a text, by config.json."""
+    """Return the tokens that end a text, from the target's config.json; may be none."""
     ids = target.hf_config.get("eos_token_id")
     if ids is None:
         return frozenset()

@@ -186,6 +186,25 @@ class ChainDrafter:
         return spread
 
 
+class GreedyProposals:
+    """Another drafter, made to propose the tokens that it holds most likely, also where the target
+    samples; so proposes SGLang. Verification stays exact."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.aux_layer_ids = drafter.aux_layer_ids
+        self.start = drafter.start
+        self.predict = drafter.predict
+        self._drafter = drafter
+
+    def propose(
+        self, token_ids: Tensor, aux: Tensor, *, num_tokens: int, sampler: Sampler
+    ) -> Proposal:
+        """Propose greedily, whatever `sampler` does."""
+        greedy = Sampler(0.0, seed=0, device=token_ids.device)
+        del sampler
+        return self._drafter.propose(token_ids, aux, num_tokens=num_tokens, sampler=greedy)
+
+
 class BlockDrafter:
     """A draft that proposes a block at once, greedy or sampling, with caches of its own."""
 
@@ -204,7 +223,7 @@ class BlockDrafter:
     ) -> Proposal:
         """Read what is new, and draft one block behind the last token."""
         self._check(num_tokens)
-        self._model.read(aux, self._caches)
+        self._model.read(token_ids[self._caches[0].length + 1 :], aux, self._caches)
         assert self._caches[0].length == len(token_ids) - 1
         probabilities: list[Tensor] = []
 
@@ -224,7 +243,7 @@ class BlockDrafter:
         self.start()
         predicted, known = [], 0
         for start in range(first, len(token_ids) - num_tokens + 1):
-            self._model.read(aux[known : start - 1], self._caches)
+            self._model.read(token_ids[known + 1 : start], aux[known : start - 1], self._caches)
             known = start - 1
             predicted.append(self._told(token_ids[start - 1 : start + num_tokens]))
         return torch.stack(predicted)

@@ -14,8 +14,8 @@ _MAY_CHANGE = {
     "data.num_workers", "data.max_filtered_fraction", "draft.chunk_tokens", "trainer.max_steps",
     "trainer.epochs", "trainer.log_interval", "trainer.save_interval", "trainer.keep",
     "trainer.best_metric", "trainer.accumulation", "trainer.max_skipped_steps",
-    "trainer.init_from", "trainer.eval_interval", "trainer.probe_interval",
-    "trainer.probe_prompts", "trainer.probe_tokens", "trainer.probe_alarm",
+    "trainer.init_from", "trainer.init_vocab", "trainer.eval_interval", "trainer.probe_interval",
+    "trainer.probe_prompts", "trainer.probe_tokens", "trainer.probe_alarm", "export",
 }  # fmt: skip
 
 

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from colospec.batch import FeatureBatch, FeatureSource
 from colospec.checkpoint.dcp import Checkpointer
-from colospec.checkpoint.export import check_warm_start, export_draft, load_weights
+from colospec.checkpoint.export import export_draft
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
 from colospec.checkpoint.rotate import is_higher_better
+from colospec.checkpoint.warm_start import start_from
 from colospec.data.pack import Step
 from colospec.draft import registry
 from colospec.draft.base import DraftModel, StepContext
@@ -91,6 +92,8 @@ class Trainer:
         """Return the draft, whole and alike on all trainers, on this rank's device."""
         job, place, device = self.job, self.world.place, self.world.device
         config, warm_start = job.run.draft, job.run.trainer.init_from
+        # An export that cannot be written is refused before training, not after it.
+        registry.public_format(config.algorithm, job.run.export.format).check(config)
         kind = registry.find(config.algorithm)
         draft = kind.from_config(config, job.target, token_counts=job.token_counts)
         draft.to(device)
@@ -104,8 +107,13 @@ class Trainer:
             )
         )
         if warm_start is not None:
-            check_warm_start(config, Path(warm_start), job.target)
-            load_weights(draft, Path(warm_start))
+            start_from(
+                draft,
+                Path(warm_start),
+                job.target,
+                vocab=job.run.trainer.init_vocab,
+                token_counts=job.token_counts,
+            )
         return draft
 
     def resume(self) -> Start:
@@ -209,6 +217,8 @@ class Trainer:
                 config=self.job.run.draft,
                 target=self.job.target,
                 facts=self._facts(),
+                format=self.job.run.export.format,
+                dtype=getattr(torch, self.job.run.export.dtype.value),
             )
             log.info("draft exported to %s", directory)
             self._write_result()

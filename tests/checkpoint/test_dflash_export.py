@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
-from colospec.checkpoint.export import check_warm_start, load_draft, load_weights
+from colospec.checkpoint.export import load_draft, load_weights
+from colospec.checkpoint.warm_start import check_warm_start
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.dflash.config import DFlashConfig
@@ -51,6 +52,9 @@ GOLDEN = {
 @pytest.fixture
 def target(tmp_path):
     return make_target(tmp_path / "target-model")
+
+
+IDS = {"mask_token_id": 3, "target_layer_ids": [1, 2, 3, 4, 5]}
 
 
 def make_draft(target, **settings):
@@ -241,6 +245,11 @@ def test_options_of_speculators_that_compute_something_else_are_refused(
         ({"dflash_config": {"projector_type": "domino"}}, "projector_type=domino"),
         ({"dflash_config": {}, "target_layer_ids": None}, "target_layer_ids"),
         ({"num_target_layers": 99}, "num_target_layers 99, expected 8"),
+        ({"is_causal": True}, "causal=True for layer 0, a full one"),
+        ({"layer_types": ["sliding_attention"] * 2, "is_causal": False}, "0, a sliding one"),
+        ({"dflash_config": {**IDS, "causal": True}}, "causal=True for layer 0"),
+        ({"dflash_config": {**IDS, "use_swa": True}}, "use_swa"),
+        ({"dflash_config": {**IDS, "attention_mode": "mla"}}, "attention_mode=mla"),
     ],
 )
 def test_a_config_that_we_cannot_reproduce_is_refused(target, tmp_path, change, complaint):

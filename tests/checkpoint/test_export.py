@@ -17,13 +17,8 @@ from transformers import LlamaConfig
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.checkpoint.dcp import Checkpointer
-from colospec.checkpoint.export import (
-    check_warm_start,
-    export_draft,
-    load_draft,
-    load_weights,
-    main,
-)
+from colospec.checkpoint.export import export_draft, load_draft, load_weights, main
+from colospec.checkpoint.warm_start import check_warm_start
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.eagle3.config import Eagle3Config
@@ -469,15 +464,19 @@ def test_a_garbled_config_is_an_error_that_names_it(target, tmp_path, text, comp
 def test_a_draft_that_reads_the_last_layer_is_exported_with_a_warning(target, tmp_path, caplog):
     config, draft = make_draft(target, aux_layer_ids=[1, 3, LAYERS - 1])
     export(draft, config, target, tmp_path / "out")
-    assert "which SGLang and vLLM do not capture" in caplog.text
+    assert "which SGLang does not capture" in caplog.text
 
 
-def save_checkpoint(target, config, draft, directory):
+def save_checkpoint(target, config, draft, directory, form="sglang"):
     checkpointer = Checkpointer(
         directory, group=None, rank=0, world_size=1, keep=1, best_metric="train/loss", limit_s=60
     )
     meta = {
-        "run": {"draft": plain(config), "target": {"dtype": "auto"}},
+        "run": {
+            "draft": plain(config),
+            "target": {"dtype": "auto"},
+            "export": {"format": form, "dtype": "float16"},
+        },
         "target": str(target.path),
         "facts": {"data_fingerprint": "f00d"},
     }
@@ -500,6 +499,23 @@ def test_the_command_line_exports_a_checkpoint(target, tmp_path):
     assert loaded.config.ttt_length == 5
     assert all(torch.equal(loaded.state_dict()[k], v) for k, v in draft.state_dict().items())
     assert "| step | 9 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "layer", "dtype"),
+    [
+        ((), "layers.0", torch.float16),
+        (("--format", "sglang", "--dtype", "bfloat16"), "midlayer", torch.bfloat16),
+    ],
+)
+def test_the_command_line_takes_format_and_dtype_from_the_run_or_from_its_options(
+    target, tmp_path, options, layer, dtype
+):
+    config, draft = make_draft(target)
+    checkpoint = save_checkpoint(target, config, draft, tmp_path / "run", "speculators")
+    main([str(checkpoint), str(tmp_path / "out"), *options])
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors[f"{layer}.self_attn.q_proj.weight"].dtype == dtype
 
 
 def test_the_command_line_refuses_what_is_no_checkpoint_in_one_line(tmp_path, caplog):

@@ -79,10 +79,12 @@ class Oracle:
 
     def layer(self, token, hidden, keys, values, t, step):
         e = self.norm(self.embedding[token], "midlayer.input_layernorm")
-        u = torch.cat([e, self.norm(hidden, "midlayer.hidden_norm")])
+        normed = self.norm(hidden, "midlayer.hidden_norm")
+        u = torch.cat([e, normed])
         keys[step].append(self.heads(u, "k_proj", t + step))
         values[step].append(self.heads(u, "v_proj"))
         out = self.attention(self.heads(u, "q_proj", t + step), keys, values, t)
+        hidden = normed if self.config.norm_before_residual else hidden
         hidden = hidden + self.weights["midlayer.self_attn.o_proj.weight"] @ out
         x = self.norm(hidden, "midlayer.post_attention_layernorm")
         mlp = {n: self.weights[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up", "down")}

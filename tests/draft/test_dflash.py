@@ -200,7 +200,7 @@ def test_decoding_gives_the_logits_that_training_compares(settings, generator):
     states = draft.norm(draft.unroll(aux, blocks)) @ draft.frozen_head.T
     caches, known = draft.start(), 0
     for expected, anchor in zip(states.view(3, 4, -1), anchors.tolist(), strict=True):
-        draft.read(aux[known:anchor], caches)
+        draft.read(ids[known + 1 : anchor + 1], aux[known:anchor], caches)
         known = anchor
         found = []
 

@@ -34,6 +34,7 @@ LENGTHS = [1, 9, 2, 3, 6, 1, 12]
         {"draft_vocab_size": 17},
         {"draft_vocab_size": 25, "loss": Loss.lk_alpha, "alignment": Alignment.eagle},
         {"draft_vocab_size": 39, "loss": Loss.lk_lambda, "norm_output": True, "fc_norm": True},
+        {"norm_before_residual": True, "draft_vocab_size": 39},
         {"alignment": Alignment.eagle, "fc_norm": True, "ttt_length": 7},
         {"norm_output": True, "loss": Loss.lk_lambda, "chunk_tokens": 1000, "ttt_length": 1},
     ],

@@ -1,5 +1,8 @@
 """FSDP2 over two real processes against one process on the whole batch."""
 
+import importlib
+
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -9,9 +12,6 @@ from colospec.train.fsdp import shard
 from colospec.train.optim import build_optimizer, clip_and_step
 from tests.draft.cases import context, gradients, make_batch, make_config, make_draft, make_target
 from tests.draft.test_dflash import context as block_context
-from tests.draft.test_dflash import make_config as make_block_config
-from tests.draft.test_dflash import make_draft as make_block_draft
-from tests.draft.test_dflash import make_inputs
 from tests.ranks import run_ranks
 
 LENGTHS = [[9, 3], [1, 14], [7, 5], []]
@@ -60,20 +60,25 @@ def test_sharded_gradients_with_an_empty_micro_batch_equal_one_process():
             )
 
 
-def make_block_parts():
+def make_block_parts(name):
+    """A draft of the algorithm `name`, by the functions of its own test, and four batches."""
+    module = importlib.import_module(f"tests.draft.test_{name}")
     generator = torch.Generator().manual_seed(0)
     target = make_target()
-    draft = make_block_draft(make_block_config(), target, generator=generator, dtype=torch.float32)
+    draft = module.make_draft(
+        module.make_config(), target, generator=generator, dtype=torch.float32
+    )
+    num_aux = draft.fc.in_features // target.hidden_size
     batches = [
-        make_inputs(lengths, target, generator=generator, dtype=torch.float32)
+        make_batch(lengths, target, num_aux=num_aux, generator=generator, dtype=torch.float32)
         for lengths in LENGTHS
     ]
     return draft, batches
 
 
-def train_blocks_sharded(rank):
+def train_blocks_sharded(rank, name):
     """Two micro-batches on each rank, then one update; the last one of rank 1 is empty."""
-    draft, batches = make_block_parts()
+    draft, batches = make_block_parts(name)
     shard(draft, world_size=2, dtype=torch.float32)
     optimizer = build_optimizer(draft, TrainerConfig(lr=0.1))
     denominator = torch.zeros(())
@@ -87,11 +92,12 @@ def train_blocks_sharded(rank):
     return norm.item(), {n: p.full_tensor().detach().numpy() for n, p in draft.named_parameters()}
 
 
-def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process():
+@pytest.mark.parametrize("name", ["dflash", "dspark", "domino", "peagle"])
+def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process(name):
     """Each rank draws its own anchors; the mean is over the slots of all of them."""
-    draft, batches = make_block_parts()
+    draft, batches = make_block_parts(name)
 
-    results = run_ranks(train_blocks_sharded, 2)
+    results = run_ranks(train_blocks_sharded, 2, name)
 
     terms = [draft(batch, block_context(number)) for number, batch in enumerate(batches)]
     (sum(t.loss for t in terms) / sum(t.denominator for t in terms)).backward()
@@ -99,7 +105,7 @@ def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process():
     norm = clip_and_step(optimizer, 1.0)
     for found, parameters in results:
         assert abs(found - norm.item()) < 1e-5 * norm.item()
-        for name, parameter in draft.named_parameters():
+        for key, parameter in draft.named_parameters():
             torch.testing.assert_close(
-                torch.from_numpy(parameters[name]), parameter.detach(), rtol=1e-4, atol=2e-4
+                torch.from_numpy(parameters[key]), parameter.detach(), rtol=1e-4, atol=2e-4
             )

@@ -26,7 +26,8 @@ from colospec.draft.block_attention import block_attention
 from colospec.draft.dflash.config import BlockConfig
 from colospec.draft.dflash.layers import block_layers, mask_token_id
 from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm, init_linears
-from colospec.draft.rope import Rope, rotate
+from colospec.draft.rope import Rope
+from colospec.draft.rows import linears, norm_rotate
 from colospec.target import Target
 
 Table = tuple[Tensor, Tensor]
@@ -50,19 +51,19 @@ class BlockAttention(nn.Module):
 
     def keys_values(self, states: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """Return keys, rotated, and values [n, M, D] of states [n, H]: context or slots."""
-        key = rotate(self._heads(self.k_proj(states), self.k_norm), table)
-        value = self.v_proj(states)
-        return key, value.view(len(states), value.shape[1] // self.head_dim, self.head_dim)
+        key, value = linears(states, (self.k_proj.weight, self.v_proj.weight))
+        return norm_rotate(key, self.k_norm, table), self._heads(value)
 
     def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
         """Attend from slots [n, H]."""
-        query = rotate(self._heads(self.q_proj(states), self.q_norm), table)
-        out = attend(query, *self.keys_values(states, table))
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        query, key, value = linears(states, weights)
+        query, key = norm_rotate(query, self.q_norm, table), norm_rotate(key, self.k_norm, table)
+        out = attend(query, key, self._heads(value))
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
 
-    def _heads(self, states: Tensor, norm: nn.Module) -> Tensor:
-        heads = states.view(len(states), states.shape[1] // self.head_dim, self.head_dim)
-        return norm(heads.flatten(0, 1)).view_as(heads)  # type: ignore[no-any-return]
+    def _heads(self, states: Tensor) -> Tensor:
+        return states.view(len(states), states.shape[1] // self.head_dim, self.head_dim)
 
 
 class BlockLayer(nn.Module):
@@ -77,8 +78,10 @@ class BlockLayer(nn.Module):
 
     def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
         """Return the next states [n, H], before any norm."""
-        states = states + self.self_attn(self.input_layernorm(states), table, attend)
-        return states + self.mlp(self.post_attention_layernorm(states))  # type: ignore[no-any-return]
+        states, normed = self.input_layernorm.add(states, None)
+        branch = self.self_attn(normed, table, attend)
+        states, normed = self.post_attention_layernorm.add(states, branch)
+        return states + self.mlp(normed)  # type: ignore[no-any-return]
 
 
 class BlockBackbone(BlockDraft):
@@ -147,7 +150,8 @@ class BlockBackbone(BlockDraft):
     def start(self) -> list[KVCache]:
         return [KVCache() for _ in self.layers]
 
-    def read(self, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+    def read(self, token_ids: Tensor, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        del token_ids  # the context is of the target's states alone
         first = caches[0].length
         context = self.project(aux_hidden_states)
         positions = torch.arange(first, first + len(context), device=context.device)

@@ -17,7 +17,9 @@ from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.dflash.backbone import BlockBackbone
 from colospec.draft.dflash.config import BlockObjective, DFlashConfig
 from colospec.draft.dflash.public import DFlashFormat
+from colospec.draft.dflash.speculators import DFlashSpeculators
 from colospec.draft.layer import KVCache
+from colospec.draft.rows import pick
 from colospec.target import Target
 
 
@@ -25,6 +27,7 @@ class DFlash(BlockBackbone):
     """The draft, its loss, and its decoding."""
 
     public = DFlashFormat()
+    more_formats = (DFlashSpeculators(),)
     config: DFlashConfig
 
     def __init__(self, config: DFlashConfig, target: Target) -> None:
@@ -48,7 +51,7 @@ class DFlash(BlockBackbone):
         ).to(aux.device)
         states = self.unroll(aux, blocks)
         losses, right = head_cross_entropy(
-            self.norm(states.index_select(0, blocks.slots)),
+            self.norm(pick(states, blocks.slots)),
             self.frozen_head,
             blocks.labels,
             chunk_tokens=config.chunk_tokens,

@@ -2,42 +2,46 @@
 
 Tensor names are those of the draft module; embedding and head are the target's and not written.
 `dflash_config.target_layer_ids` means outputs of decoder layers from 0, as everywhere in colospec.
-Read are also files whose names begin with `model.`, those of trainers that call the projection
-`context_proj`, and those of speculators, which nest the layers' settings and count the target's
-layers by their inputs, one more.
+Read are also files whose names begin with `model.`, and those of trainers that call the projection
+`context_proj`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.dflash.config import BlockConfig, DFlashConfig
 from colospec.draft.dflash.layers import block_layers, mask_token_id
-from colospec.draft.public import CardText, PublicFormat, Shapes, layer_facts, layer_fields
+from colospec.draft.public import (
+    TARGETS_OWN,
+    CardText,
+    PublicFormat,
+    Shapes,
+    layer_facts,
+    layer_fields,
+    vllm_command,
+)
 from colospec.target import Target
 
 _OTHER_NAMES = {"context_proj": "fc", "context_norm": "hidden_norm", "final_norm": "norm"}
-_OF_TARGET = (
-    "embed_tokens.weight",
-    "lm_head.weight",
-    "verifier_lm_head.weight",
-    "verifier_norm.weight",
-)
-_SLIDING = "sliding_attention"
+SLIDING = "sliding_attention"
 _SERVE = """\
-SGLang:
+SGLang (0.5.17):
 
     python -m sglang.launch_server --model-path TARGET \\
         --speculative-algorithm DFLASH --speculative-draft-model-path DRAFT \\
         --speculative-num-draft-tokens {block_size}
-"""
+
+vLLM (0.33{mixed}):
+
+{vllm}"""
 
 
 class DFlashFormat(PublicFormat):
-    """SGLang's `DFlashDraftModel`, the layout of the authors."""
+    """SGLang's and vLLM's `DFlashDraftModel`, the layout of the authors."""
 
-    architectures = ("DFlashDraftModel", "DFlashSpeculator")
+    architectures: ClassVar[tuple[str, ...]] = ("DFlashDraftModel",)
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, BlockConfig)
@@ -75,7 +79,7 @@ class DFlashFormat(PublicFormat):
             "tie_word_embeddings": False,
             "block_size": config.block_size,
             "layer_types": [
-                _SLIDING if layer in config.sliding_layers else "full_attention" for layer in layers
+                SLIDING if layer in config.sliding_layers else "full_attention" for layer in layers
             ],
             "use_sliding_window": bool(config.sliding_layers),
             "sliding_window": config.sliding_window,
@@ -104,20 +108,20 @@ class DFlashFormat(PublicFormat):
         if layers is None or mask is None or size is None:
             raise ValueError("target_layer_ids, mask_token_id or block_size is missing")
         types = contents.get("layer_types") or []
-        sliding = [layer for layer, kind in enumerate(types) if kind == _SLIDING]
+        _check_attention(contents, types)
+        sliding = [layer for layer, kind in enumerate(types) if kind == SLIDING]
         return {
             "aux_layer_ids": list(layers),
             "num_layers": contents["num_hidden_layers"],
             "block_size": size,
             "mask_token_id": mask,
+            "num_anchors": contents.get("colospec", {}).get("num_anchors", BlockConfig.num_anchors),
             "intermediate_size": contents.get("intermediate_size"),
             "sliding_window": contents.get("sliding_window") if sliding else None,
             "sliding_layers": sliding,
         }
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        if contents["architectures"][0] == "DFlashSpeculator":
-            return _flat(contents)
         # Some trainers give the number of aux layers by the name that is the target's depth.
         depth = contents.get("target_num_hidden_layers", contents.get("num_target_layers"))
         return contents | ({} if depth is None else {"num_target_layers": depth})
@@ -136,44 +140,55 @@ class DFlashFormat(PublicFormat):
 
     def tensor_name(self, name: str) -> str | None:
         name = name.removeprefix("model.")
-        if name in _OF_TARGET:
+        if name in TARGETS_OWN or name == "lm_head.weight":
             return None
         first, dot, rest = name.partition(".")
         return _OTHER_NAMES.get(first, first) + dot + rest
 
+    def sglang_arguments(self, config: DraftConfig, chain_length: int) -> dict[str, Any]:
+        assert isinstance(config, DFlashConfig)
+        if chain_length != config.block_size - 1:
+            raise ValueError(
+                f"SGLang verifies whole blocks, and this draft's are of {config.block_size} "
+                f"tokens with the given one: --chain-length {config.block_size - 1}, not "
+                f"{chain_length}"
+            )
+        return {
+            "speculative_algorithm": "DFLASH",
+            "speculative_num_draft_tokens": config.block_size,
+        }
+
     def card(self, contents: dict[str, Any]) -> CardText:
-        inner = contents["dflash_config"]
-        rows = {
+        kinds = set(contents["layer_types"])
+        mixed = ", with VLLM_USE_V2_MODEL_RUNNER=1" if len(kinds) > 1 else ""
+        size = contents["block_size"]
+        serve = _SERVE.format(block_size=size, mixed=mixed, vllm=vllm_command("dflash", size - 1))
+        return CardText("DFlash", "dflash", self.rows(contents), serve)
+
+    def rows(self, contents: dict[str, Any]) -> dict[str, str]:
+        """Return the card's facts of a config.json."""
+        inner = contents.get("dflash_config", contents)
+        return {
             "layers": str(contents["num_hidden_layers"]),
             "block": f"{contents['block_size']} tokens, the first one given",
             "mask token": str(inner["mask_token_id"]),
             "aux layers of the target": ", ".join(map(str, inner["target_layer_ids"])),
         }
-        serve = _SERVE.format(block_size=contents["block_size"])
-        return CardText("DFlash", "dflash", rows, serve)
 
 
-def _flat(contents: dict[str, Any]) -> dict[str, Any]:
-    """Turn a config.json of speculators into the authors' form.
-
-    Raises ValueError for options that change what the draft computes.
-    """
-    layer = dict(contents["transformer_layer_config"])
-    size = contents.get("draft_vocab_size")
-    if size is not None and size != layer.get("vocab_size"):
-        raise ValueError(
-            f"draft_vocab_size={size}: a DFlash draft has the target's vocabulary here"
-        )
-    if contents.get("sample_from_anchor"):
-        raise ValueError("sample_from_anchor=true is a variant of DFlash that is not known here")
-    sliding = _SLIDING in (layer.get("layer_types") or [])
-    if sliding and contents.get("sliding_window_non_causal", True):
-        raise ValueError("sliding_window_non_causal=true: sliding layers are causal here")
-    flat = layer | {
-        "architectures": contents["architectures"],
-        "block_size": contents["block_size"],
-        "mask_token_id": contents["mask_token_id"],
-        "target_layer_ids": [layer_id - 1 for layer_id in contents["aux_hidden_state_layer_ids"]],
-    }
-    rope = layer.get("rope_parameters") or {}
-    return {"rope_theta": rope["rope_theta"], **flat} if "rope_theta" in rope else flat
+def _check_attention(contents: dict[str, Any], types: list[str]) -> None:
+    """Raise ValueError for attention that is not ours: full layers see their whole block, sliding
+    ones are causal in it, and both share heads as usual."""
+    inner = contents.get("dflash_config") or {}
+    causal = contents.get("is_causal", inner.get("causal"))
+    for layer in range(contents["num_hidden_layers"]):
+        own = layer < len(types) and types[layer] == SLIDING
+        if causal is not None and bool(causal) != own:
+            raise ValueError(
+                f"causal={causal} for layer {layer}, a {'sliding' if own else 'full'} one: full "
+                "layers are bidirectional here, and sliding ones causal"
+            )
+    if inner.get("use_swa") and SLIDING not in types:
+        raise ValueError("use_swa=true without layer_types is not known here")
+    if (mode := inner.get("attention_mode", "gqa")) not in ("gqa", "mha"):
+        raise ValueError(f"attention_mode={mode} is not known here")

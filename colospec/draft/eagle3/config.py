@@ -42,6 +42,9 @@ class Eagle3Config(DraftConfig):
     """EAGLE-3.1: feed the normed hidden state to the next step."""
     fc_norm: bool = False
     """EAGLE-3.1: one RMSNorm per aux layer before the projection."""
+    norm_before_residual: bool = False
+    """Let the layer add to the normed hidden state, as many drafts of speculators do. vLLM serves
+    it, SGLang does not: needs export.format=speculators."""
     loss: Loss = Loss.kl
     lk_eta: float = 3.0
     """lk_lambda: the weight of KL is exp(-lk_eta * acceptance)."""

@@ -26,6 +26,7 @@ from colospec.draft.base import ChainDraft, LossTerms, StepContext
 from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.eagle3.public import Eagle3Format
+from colospec.draft.eagle3.speculators import Eagle3Speculators
 from colospec.draft.layer import DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
 from colospec.draft.rope import Rope
@@ -40,6 +41,7 @@ class Eagle3(ChainDraft):
     """
 
     public = Eagle3Format()
+    more_formats = (Eagle3Speculators(),)
     config: Eagle3Config
     d2t: Tensor | None
 
@@ -55,7 +57,7 @@ class Eagle3(ChainDraft):
         if config.fc_norm:
             self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
         self.fc = nn.Linear(num_aux * size, size, bias=False)
-        self.midlayer = DraftLayer(shape)
+        self.midlayer = DraftLayer(shape, norm_before_residual=config.norm_before_residual)
         self.norm = RMSNorm(size, eps)
         t2d, d2t = mapping or (None, None)
         self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)

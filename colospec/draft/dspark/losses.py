@@ -1,0 +1,118 @@
+"""Cross entropy with the text, and distance to the target's distribution, chunk by chunk.
+
+The draft's logits are the target's head applied to its states plus a low-rank correction; the
+target's are the same head applied to its own last states. Weights are known beforehand, so forward
+computes the gradients while the logits of a chunk exist, and backward only scales them.
+
+Shape letters: P supervised slots, H hidden size, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from colospec.draft.loss import CHUNK_TOKENS, MAX_ELEMENTS
+
+
+class SlotLosses(NamedTuple):
+    """total: the weighted sum, with gradients. Of each slot [P], detached: cross_entropy;
+    distance, the sum of |q - p|; right, whether the draft's best token is the label; agrees,
+    whether it is the target's best."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    distance: Tensor
+    right: Tensor
+    agrees: Tensor
+
+
+class Rows(NamedTuple):
+    """hidden [P, H], normed; latent [P, R]; teacher [P, H], the target's last states; labels [P]
+    int64; weights [P]."""
+
+    hidden: Tensor
+    latent: Tensor
+    teacher: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+def slot_losses(
+    rows: Rows,
+    head: Tensor,
+    correction: Tensor,
+    *,
+    ce_weight: float,
+    l1_weight: float,
+    chunk_tokens: int | None,
+) -> SlotLosses:
+    """Return the losses of all slots under the frozen `head` [V, H] and `correction` [V, R].
+
+    Losses are float32 (float64 for float64 states). At most `chunk_tokens` slots at a time have
+    logits; None is CHUNK_TOKENS of the device.
+    """
+    settings = ce_weight, l1_weight, chunk_tokens, torch.is_grad_enabled()
+    return SlotLosses(*_SlotLosses.apply(*rows, head, correction, settings))  # type: ignore[no-untyped-call]
+
+
+class _SlotLosses(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        latent: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        head: Tensor,
+        correction: Tensor,
+        settings: tuple[float, float, int | None, bool],
+    ) -> tuple[Tensor, ...]:
+        ce_weight, l1_weight, chunk_tokens, gradients = settings
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        losses, distances = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
+        right, agrees = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
+        grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
+        grad_correction = torch.zeros_like(correction, dtype=dtype)
+        kind = hidden.device.type
+        size = max(1, min(chunk_tokens or CHUNK_TOKENS[kind], MAX_ELEMENTS[kind] // len(head)))
+        for first in range(0, len(hidden), size):
+            part = slice(first, first + size)
+            label = labels[part, None]
+            logits = (hidden[part].to(head.dtype) @ head.T).to(dtype)
+            logits += latent[part] @ correction.T
+            wanted = (teacher[part].to(head.dtype) @ head.T).to(dtype)
+            best = logits.argmax(-1)
+            right[part], agrees[part] = best == labels[part], best == wanted.argmax(-1)
+            norm = logits.logsumexp(-1, keepdim=True)
+            losses[part] = (norm - logits.gather(1, label)).squeeze(1)
+            odds = logits.sub_(norm).exp_()
+            gap = torch.softmax(wanted, dim=-1).neg_().add_(odds)
+            del wanted
+            distances[part] = gap.abs().sum(-1)
+            if not gradients:
+                continue
+            side = gap.sign_()
+            mean = torch.linalg.vecdot(odds, side).unsqueeze(1)
+            grad = side.sub_(mean).mul_(l1_weight).add_(ce_weight).mul_(odds)
+            grad.scatter_add_(1, label, torch.full_like(mean, -ce_weight))
+            grad.mul_(weights[part, None])
+            grad_hidden[part] = grad.to(head.dtype) @ head
+            narrow = grad.to(correction.dtype)
+            grad_latent[part] = narrow @ correction
+            grad_correction += narrow.T @ latent[part]
+        total = weights.to(dtype) @ (ce_weight * losses + l1_weight * distances)
+        ctx.mark_non_differentiable(losses, distances, right, agrees)
+        if gradients:
+            ctx.save_for_backward(grad_hidden, grad_latent, grad_correction.to(correction.dtype))
+        return total, losses, distances, right, agrees
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, latent, correction = ((part * grad).to(part.dtype) for part in ctx.saved_tensors)
+        return hidden, latent, None, None, None, None, correction, None

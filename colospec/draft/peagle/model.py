@@ -1,0 +1,250 @@
+"""P-EAGLE (arXiv 2602.01469): EAGLE-3 that drafts all its tokens in one pass.
+
+Where EAGLE-3 would read its own last state and token, P-EAGLE reads a mask token and one learned
+state, so that all depths run together; a few plain layers make up for the steps. The embedding is
+the target's. The mean of the loss is over all places that learn, also those whose token the pruned
+vocabulary lacks, which add nothing. Parameters have the names of public checkpoints.
+
+Shape letters: T tokens, A aux layers, H hidden size of target and draft, V and W target and draft
+vocabulary, E places of all depths, R of depth 0, P that learn, K depths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colospec.batch import FeatureBatch, FeatureSpec
+from colospec.config import DraftConfig
+from colospec.draft.alignment import to_device
+from colospec.draft.attention import Documents, ttt_attention
+from colospec.draft.base import BlockDraft, Choose, LossTerms, StepContext
+from colospec.draft.block_attention import block_attention
+from colospec.draft.eagle3.config import Loss
+from colospec.draft.layer import Attend, DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
+from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
+from colospec.draft.peagle.config import PEagleConfig
+from colospec.draft.peagle.layers import PlainLayer
+from colospec.draft.peagle.public import PEagleFormat, aux_layers, mask_token_id
+from colospec.draft.peagle.sampling import Places, sample_places
+from colospec.draft.peagle.speculators import PEagleSpeculators
+from colospec.draft.rope import Rope
+from colospec.draft.vocab import build_vocab_mapping
+from colospec.target import Target
+
+
+class LastState(KVCache):
+    """The first layer's cache, and what the draft said at the last place that it has read."""
+
+    state: Tensor
+
+
+class PEagle(BlockDraft):
+    """The draft, its loss, and its decoding.
+
+    Buffers `t2d` [V] bool and `d2t` [W] int64 exist only with a pruned vocabulary (see `vocab`).
+    """
+
+    public = PEagleFormat()
+    more_formats = (PEagleSpeculators(),)
+    config: PEagleConfig
+    d2t: Tensor | None
+
+    def __init__(
+        self, config: PEagleConfig, target: Target, *, mapping: tuple[Tensor, Tensor] | None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_drafted = config.num_depths
+        self.mask_token_id = mask_token_id(config, target)
+        shape = LayerShape.of(target, config.intermediate_size)
+        size, width = shape.hidden_size, len(aux_layers(config, target)) * shape.hidden_size
+        self.rope = Rope(target)
+        self.fc = nn.Linear(width, size, bias=False)
+        self.mask_hidden = nn.Parameter(torch.randn(1, 1, width))
+        self.layers = nn.ModuleList([DraftLayer(shape)])
+        self.layers.extend(PlainLayer(shape) for _ in range(config.num_layers - 1))
+        self.norm = RMSNorm(size, shape.eps)
+        t2d, d2t = mapping or (None, None)
+        self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("d2t", d2t)
+        init_linears(self)
+
+    @classmethod
+    def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
+        """Aux hidden states, and the last hidden states for the teacher."""
+        assert isinstance(config, PEagleConfig)
+        return FeatureSpec(
+            aux_layer_ids=aux_layers(config, target),
+            last_hidden_states=True,
+            hidden_size=target.hidden_size,
+            dtype=target.dtype,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
+    ) -> Self:
+        assert isinstance(config, PEagleConfig)
+        if config.draft_vocab_size is None or config.draft_vocab_size >= target.vocab_size:
+            return cls(config, target, mapping=None)
+        if token_counts is None or len(token_counts) != target.vocab_size:
+            found = "none" if token_counts is None else f"{len(token_counts)}"
+            raise ValueError(
+                f"draft.draft_vocab_size={config.draft_vocab_size} needs the count of each of the "
+                f"target's {target.vocab_size} tokens among the supervised ones, and got {found}; "
+                "count them in the data, or set draft.draft_vocab_size=null"
+            )
+        mapping = build_vocab_mapping(token_counts, config.draft_vocab_size)
+        return cls(config, target, mapping=mapping)
+
+    def untrained(self, target: Target) -> Self:
+        """Return the same draft with fresh weights, and the same vocabulary."""
+        counts = torch.zeros(target.vocab_size)
+        fresh = type(self).from_config(self.config, target, token_counts=counts)
+        if fresh.d2t is not None:
+            fresh.load_state_dict({"d2t": self.d2t, "t2d": self.t2d}, strict=False)
+        fresh.set_target(self.embedding, self.target_head)
+        return fresh
+
+    def set_target(self, embedding: Tensor, head: Tensor | None = None) -> None:
+        """Set the frozen weights, and start the draft's head from the target's rows."""
+        super().set_target(embedding, head)
+        rows = self.frozen_head if self.target_ids is None else self.frozen_head[self.target_ids]
+        with torch.no_grad():
+            self.lm_head.weight.copy_(rows)
+
+    def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
+        """Draft from every place to the depths that are drawn, and compare with the target.
+
+        The loss is a sum whose denominator is not known before all trainers have drawn depths.
+        """
+        config, last = self.config, batch.features.last_hidden_states
+        assert last is not None
+        planned = sample_places(batch.tokens, config, generator=context.generator)
+        places = planned.to(last.device)
+        learning = places.learning
+        states = self.unroll(batch.features.aux_hidden_states, places)
+        sums = fused_loss(
+            self.norm(states.index_select(0, learning.positions)),
+            self.lm_head.weight,
+            teacher=Teacher(last, self.frozen_head, self.target_ids),
+            rows=learning,
+            settings=LossSettings(
+                kind=Loss.kl,
+                lk_eta=0.0,
+                step_weights=(1.0,) * config.num_depths,
+                chunk_tokens=config.chunk_tokens,
+            ),
+        )
+        number = torch.full_like(sums.loss, float(len(learning.positions)), requires_grad=False)
+        return LossTerms(sums.loss, _metrics(sums, learning.sizes, number), number)
+
+    def unroll(self, aux_hidden_states: Tensor, places: Places) -> Tensor:
+        """Return the last layer's states [E, H] of all places, before the final norm."""
+        first = self.project(aux_hidden_states.index_select(0, places.rows))
+        sizes = [len(places.rows), *(len(chain.blocks.input_ids) for chain in places.chains)]
+        masks = sum(sizes[1:])
+        hidden = torch.cat([first, self._mask_state(masks)])
+        embeds = torch.cat([self._embed(places.token_ids), self._mask_embeds(masks)])
+        borders = places.borders
+        # Wider than any document: causal within the chain, and all that is before it.
+        window = int(borders[-1]) + self.config.num_depths
+        documents = Documents(tuple(borders.tolist()), to_device(borders, first.device))
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            parts = [torch.split(part, sizes) for part in (query, key, value)]
+            queries, keys, values = parts
+            found = [ttt_attention(queries[0], [keys[0]], [values[0]], documents)]
+            for number, chain in enumerate(places.chains, start=1):
+                rows = chain.context
+                seen = keys[0].index_select(0, rows), values[0].index_select(0, rows)
+                own = keys[number], values[number]
+                found.append(
+                    block_attention(queries[number], seen, own, chain.blocks, window=window)
+                )
+            return torch.cat(found)
+
+        return self._run(embeds, hidden, places.position_ids, [attend] * len(self.layers))
+
+    def project(self, aux_hidden_states: Tensor) -> Tensor:
+        """Turn the target's aux hidden states [n, A * H] into states [n, H]."""
+        return self.fc(aux_hidden_states.to(self.fc.weight.dtype))  # type: ignore[no-any-return]
+
+    def start(self) -> list[KVCache]:
+        return [LastState(), *(KVCache() for _ in self.layers[1:])]
+
+    def read(self, token_ids: Tensor, aux_hidden_states: Tensor, caches: list[KVCache]) -> None:
+        first = caches[0].length
+        positions = torch.arange(first, first + len(token_ids), device=token_ids.device)
+        states = self._run(
+            self._embed(token_ids),
+            self.project(aux_hidden_states),
+            positions,
+            [cache.attend for cache in caches],
+        )
+        cast(LastState, caches[0]).state = states[-1:]
+
+    def draft(
+        self, token_id: Tensor, caches: list[KVCache], *, num_tokens: int, choose: Choose
+    ) -> Tensor:
+        length, masks = caches[0].length, num_tokens - 1
+        positions = torch.arange(length, length + masks, device=token_id.device)
+        states = cast(LastState, caches[0]).state
+        if masks:
+            attends = [cache.attend for cache in caches]
+            hidden = self._mask_state(masks)
+            more = self._run(self._mask_embeds(masks), hidden, positions, attends)
+            states = torch.cat([states, more])
+            for cache in caches:
+                cache.truncate(length)
+        return choose(self._over_target_vocabulary(self.lm_head(self.norm(states))))
+
+    @property
+    def target_ids(self) -> Tensor | None:
+        """The target token of each draft token, [W] ascending; None for the whole vocabulary."""
+        if self.d2t is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def _run(
+        self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attends: Sequence[Attend]
+    ) -> Tensor:
+        table = self.rope.table(position_ids)
+        hidden = self.layers[0](embeds, hidden, table, attends[0])
+        for layer, attend in zip(self.layers[1:], attends[1:], strict=True):
+            hidden = layer(hidden, table, attend)
+        return hidden
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return F.embedding(token_ids, self.embedding).to(self.fc.weight.dtype)
+
+    def _mask_embeds(self, number: int) -> Tensor:
+        row = self.embedding[self.mask_token_id : self.mask_token_id + 1]
+        return row.to(self.fc.weight.dtype).expand(number, -1)
+
+    def _mask_state(self, number: int) -> Tensor:
+        return self.project(self.mask_hidden.flatten(0, 1)).expand(number, -1)
+
+    def _over_target_vocabulary(self, logits: Tensor) -> Tensor:
+        """Spread logits [n, W] over [n, V]; tokens that the draft cannot say get -inf."""
+        if self.target_ids is None:
+            return logits
+        spread = logits.new_full((len(logits), len(self.embedding)), -torch.inf)
+        spread[:, self.target_ids] = logits
+        return spread
+
+
+def _metrics(sums: LossSums, sizes: list[int], number: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    metrics = {"loss": (sums.loss.detach(), number)}
+    for depth, size in enumerate(sizes):
+        count = torch.full_like(number, float(size))
+        metrics[f"acc_{depth}"] = (sums.correct[depth], count)
+        metrics[f"acceptance_rate_{depth}"] = (sums.acceptance[depth], count)
+    return metrics

@@ -1,0 +1,228 @@
+"""The same prompts through SGLang, with the exported draft and without one, beside our own loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from colospec.checkpoint.public import CONFIG
+from colospec.draft.base import DraftModel
+from colospec.engine.sglang_install import check_installation
+from colospec.engine.sglang_serving import VERSION, ServingJob
+from colospec.evaluate.acceptance import (
+    Acceptance,
+    DecodingSettings,
+    decode_speculatively,
+    looping_share,
+)
+from colospec.evaluate.decoder import TargetDecoder, eos_token_ids
+from colospec.evaluate.drafters import Drafter, GreedyProposals
+from colospec.evaluate.served import Served, serve
+from colospec.target import Target
+
+log = logging.getLogger(__name__)
+
+AGREEMENT = 0.03
+MIN_CAPABILITY = (9, 0)
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One batch size and temperature, with the draft and without it."""
+
+    batch_size: int
+    drafted: Acceptance
+    plain: Acceptance
+
+    @property
+    def speedup(self) -> float:
+        """Tokens per second relative to no draft."""
+        return self.drafted.tokens_per_s / self.plain.tokens_per_s
+
+    @property
+    def num_equal(self) -> int:
+        """Prompts whose output is the same with and without the draft."""
+        pairs = zip(self.drafted.outputs, self.plain.outputs, strict=True)
+        return sum(ours == theirs for ours, theirs in pairs)
+
+
+@dataclass(frozen=True)
+class ThroughSglang:
+    """What SGLang measured, in the order in which it was measured."""
+
+    drafted: Served
+    plain: Served
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """One per temperature and batch size."""
+        runs = zip(self.drafted.runs, self.plain.runs, strict=True)
+        return [Pair(a.batch_size, a.acceptance, b.acceptance) for a, b in runs]
+
+    def greedy(self) -> list[Pair]:
+        """Return the pairs at temperature 0."""
+        return [pair for pair in self.pairs if pair.drafted.temperature == 0]
+
+    def to_dict(self, sampled: Acceptance | None) -> dict[str, Any]:
+        """Return all numbers, ready for JSON; `sampled` as in `table`."""
+        return {
+            "sglang": self.drafted.version,
+            "server_args": self.drafted.server_args,
+            "runs": [_numbers(pair) for pair in self.pairs],
+            "loop_with_greedy_proposals": sampled and sampled.to_dict(None),
+        }
+
+    def table(self, greedy: Acceptance, sampled: Acceptance | None) -> Table:
+        """Return the table that a terminal shows, beside what our loop measured: greedily, and
+        sampled with greedy proposals, as SGLang's are."""
+        loop = {one.temperature: one for one in (greedy, sampled) if one}
+        table = Table(
+            title=f"through SGLang {self.drafted.version}",
+            box=SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            caption="loop: our own, with greedy proposals as SGLang's; same: texts that do not "
+            "depend on the draft",
+        )
+        for name in ("batch", "T", "loop", "length", "tok/s", "no draft", "speedup", "same"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for pair in self.pairs:
+            drafted, plain = pair.drafted, pair.plain
+            table.add_row(
+                str(pair.batch_size),
+                f"{drafted.temperature:g}",
+                f"{loop[drafted.temperature].acceptance_length:.2f}",
+                f"{drafted.acceptance_length:.2f}",
+                f"{drafted.tokens_per_s:.0f}",
+                f"{plain.tokens_per_s:.0f}",
+                f"{pair.speedup:.2f}",
+                "-" if drafted.temperature else f"{pair.num_equal} of {len(plain.outputs)}",
+            )
+        return table
+
+
+def check_machine(target: Target, device: torch.device) -> None:
+    """Raise ValueError or RuntimeError where SGLang cannot decode with `target` on `device`, before
+    anything is loaded."""
+    is_cuda = device.type == "cuda" and torch.cuda.is_available()
+    if not is_cuda or torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        raise RuntimeError(
+            "--through sglang needs a CUDA GPU of compute capability 9.0 or more (H100, H200, "
+            f"...), and the device is {torch.cuda.get_device_name(device) if is_cuda else device}; "
+            "--through loop measures acceptance without one"
+        )
+    if target.dtype not in DTYPES:
+        raise ValueError(
+            f"--through sglang: its kernels do not compute in {target.dtype}, the dtype of "
+            f"{target.path}; add --dtype bfloat16"
+        )
+    try:
+        installed = check_installation()
+    except RuntimeError as error:
+        raise RuntimeError(f"--through sglang: {error}") from None
+    if installed.split()[0] != VERSION:
+        raise RuntimeError(
+            f"--through sglang drives the scheduler of SGLang {VERSION}, and {installed} is "
+            f"installed; pip install --force-reinstall --no-deps sglang=={VERSION}"
+        )
+
+
+def arguments_of(model: DraftModel, directory: Path, chain_length: int) -> dict[str, Any]:
+    """Return the arguments by which SGLang drafts with the export in `directory`.
+
+    Raises ValueError for drafts, and lengths of proposals, that SGLang does not serve.
+    """
+    (named, *_) = json.loads((directory / CONFIG).read_text())["architectures"]
+    written = model.public.architectures[0]
+    if named != written:
+        raise ValueError(
+            f"SGLang does not load {directory}, whose architecture is {named}; a draft exported "
+            f"here is {written}"
+        )
+    arguments = model.public.sglang_arguments(model.config, chain_length)
+    return {**arguments, "speculative_draft_model_path": str(directory)}
+
+
+def decode_through_sglang(
+    target: Target,
+    drafting: dict[str, Any],
+    prompts: Sequence[Tensor],
+    settings: DecodingSettings,
+    *,
+    device: torch.device,
+    batch_sizes: Sequence[int],
+    trust_remote_code: bool = False,
+) -> ThroughSglang:
+    """Decode `prompts` ([n] token ids) greedily, and at `settings.temperature` if that is above 0.
+
+    `drafting` is what `arguments_of` returned. Raises RuntimeError where SGLang fails.
+    """
+    job = ServingJob(
+        target=str(target.path),
+        dtype=str(target.dtype).removeprefix("torch."),
+        device=str(device),
+        trust_remote_code=trust_remote_code,
+        prompts=[prompt.tolist() for prompt in prompts],
+        batch_sizes=list(batch_sizes),
+        temperatures=[0.0, settings.temperature] if settings.temperature else [0.0],
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_ids=sorted(eos_token_ids(target)),
+        speculative=drafting,
+    )
+    log.info("starting SGLang with the draft, then without it")
+    return ThroughSglang(serve(job), serve(replace(job, speculative={})))
+
+
+def greedily_proposed(
+    decoder: TargetDecoder, drafter: Drafter, prompts: Sequence[Tensor], settings: DecodingSettings
+) -> Acceptance | None:
+    """Sample through our own loop with greedy proposals; None for a temperature of 0."""
+    if not settings.temperature:
+        return None
+    prompts = [prompt.to(decoder.device) for prompt in prompts]
+    return decode_speculatively(decoder, GreedyProposals(drafter), prompts, settings)
+
+
+def warn_if_apart(served: ThroughSglang, real: Acceptance) -> None:
+    """Warn where SGLang's greedy acceptance length is not that of our loop: both ran the same
+    weights on the same prompts."""
+    for pair in served.greedy():
+        length = pair.drafted.acceptance_length
+        gap = length / real.acceptance_length - 1
+        if abs(gap) > AGREEMENT:
+            log.warning(
+                "greedy acceptance length through SGLang at batch size %d is %.3f, %+.1f %% of "
+                "our loop's %.3f: the export may be wrong, or the texts differ (%d of %d do)",
+                *(pair.batch_size, length, 100 * gap, real.acceptance_length),
+                *(_num_different(pair.drafted, real), len(real.outputs)),
+            )
+
+
+def _num_different(one: Acceptance, other: Acceptance) -> int:
+    return sum(a != b for a, b in zip(one.outputs, other.outputs, strict=True))
+
+
+def _numbers(pair: Pair) -> dict[str, Any]:
+    drafted = pair.drafted
+    return {
+        "batch_size": pair.batch_size,
+        "temperature": drafted.temperature,
+        "acceptance_length": drafted.acceptance_length,
+        "conditional_rates": drafted.conditional_rates,
+        "cumulative_rates": drafted.cumulative_rates,
+        "num_steps": drafted.num_steps,
+        "tokens_per_s": drafted.tokens_per_s,
+        "plain_tokens_per_s": pair.plain.tokens_per_s,
+        "speedup": pair.speedup,
+        "num_equal_to_plain": pair.num_equal if drafted.temperature == 0 else None,
+        "looping_share": looping_share(drafted.outputs),
+    }

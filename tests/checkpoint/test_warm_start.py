@@ -1,0 +1,247 @@
+"""Training that starts from an exported draft: other programs' names, whose vocabulary it gets."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from colospec.checkpoint.export import load_draft, load_weights
+from colospec.checkpoint.warm_start import check_warm_start, start_from
+from colospec.config import ExportFormat, InitVocab
+from colospec.draft import registry
+from colospec.draft.eagle3.config import Eagle3Config
+from tests.checkpoint.test_export import LAYERS, H, V, W, export, make_target
+
+
+@pytest.fixture
+def target(tmp_path):
+    return make_target(tmp_path / "target-model")
+
+
+def counts_of(*token_ids):
+    """Counts that choose these tokens before all others."""
+    counts = np.zeros(V, np.int64)
+    counts[list(token_ids)] = 100
+    return counts
+
+
+def make_draft(target, counts, **settings):
+    config = Eagle3Config(**({"draft_vocab_size": W} | settings))
+    return config, registry.build(config, target, token_counts=counts)
+
+
+def random_counts():
+    return np.random.default_rng().integers(1, 1000, V)
+
+
+def label_rows(draft, offset):
+    """Make every row of the head say its target token, plus `offset`."""
+    ids = torch.arange(V) if draft.target_ids is None else draft.target_ids
+    with torch.no_grad():
+        draft.lm_head.weight[:] = ids[:, None].float() + offset
+
+
+def rewrite(directory, change, more=()):
+    """Rename the tensors of an export; None removes one; `more` are added."""
+    file = directory / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors | dict(more), file)
+
+
+def start(draft, directory, target, vocab=InitVocab.keep, counts=None):
+    token_counts = random_counts() if counts is None else counts
+    start_from(draft, directory, target, vocab=vocab, token_counts=token_counts)
+
+
+def assert_same(draft, other, but=()):
+    for name, tensor in draft.state_dict().items():
+        if name not in but:
+            assert torch.equal(other.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("form", ExportFormat)
+def test_a_draft_starts_from_an_export_of_either_format(target, tmp_path, form):
+    config, draft = make_draft(target, random_counts(), fc_norm=True)
+    export(draft, config, target, tmp_path / "out", format=form, dtype=torch.float32)
+    _, fresh = make_draft(target, random_counts(), fc_norm=True)
+    start(fresh, tmp_path / "out", target)
+    assert_same(draft, fresh)
+
+
+NAMES = [
+    ("midlayer.", "layers.0."),
+    ("fc_norm.0.", "aux_norm_low."),
+    ("fc_norm.1.", "aux_norm_mid."),
+    ("fc_norm.2.", "aux_norm_high."),
+]
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_names_of_other_programs_and_the_targets_own_tensors_are_understood(
+    target, tmp_path, caplog, prefix
+):
+    caplog.set_level(logging.INFO)
+    config, draft = make_draft(target, random_counts(), fc_norm=True)
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+
+    def theirs(name):
+        for ours, other in NAMES:
+            name = name.replace(ours, other)
+        return name if name in ("lm_head.weight", "d2t", "t2d") else prefix + name
+
+    rewrite(tmp_path / "out", theirs, {"embed_tokens.weight": target.load_embedding().bfloat16()})
+    _, fresh = make_draft(target, random_counts(), fc_norm=True)
+
+    start(fresh, tmp_path / "out", target)
+
+    assert_same(draft, fresh)
+    assert "left out, as the target's own: embed_tokens.weight" in caplog.text
+    assert "trained" not in caplog.text
+
+
+def test_an_embedding_that_is_not_the_targets_is_left_out_with_a_warning(target, tmp_path, caplog):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    rewrite(tmp_path / "out", str, {"embed_tokens.weight": torch.randn(V, H)})
+    start(draft, tmp_path / "out", target)
+    assert "embed_tokens.weight was trained on and is not the target's" in caplog.text
+    assert torch.equal(draft.embedding, target.load_embedding())
+
+
+def test_missing_and_unexpected_tensors_are_listed(target, tmp_path):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out")
+    rewrite(tmp_path / "out", lambda name: name.replace("hidden_norm", "other_norm"))
+    with pytest.raises(
+        ValueError,
+        match=r"missing: midlayer\.hidden_norm\.weight; unexpected: midlayer\.other_norm\.weight",
+    ):
+        start(draft, tmp_path / "out", target)
+
+
+@pytest.mark.parametrize("contents", ["eagle_config", "eagle_aux_hidden_state_layer_ids"])
+def test_layer_ids_mean_the_same_wherever_they_stand(target, tmp_path, contents):
+    config, draft = make_draft(target, random_counts(), aux_layer_ids=[0, 2, 5])
+    export(draft, config, target, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    known = json.loads(file.read_text())
+    for key in {"eagle_config", "eagle_aux_hidden_state_layer_ids"} - {contents}:
+        del known[key]
+    file.write_text(json.dumps(known))
+    check_warm_start(config, tmp_path / "out", target)
+    assert load_draft(tmp_path / "out", target).config.aux_layer_ids == [0, 2, 5]
+
+
+def test_a_config_without_layer_ids_means_the_default_of_engines(target, tmp_path):
+    # SGLang and vLLM read the inputs of layers 2, L // 2 and L - 3.
+    config, draft = make_draft(target, random_counts(), aux_layer_ids=[1, LAYERS // 2 - 1, 4])
+    export(draft, config, target, tmp_path / "out")
+    file = tmp_path / "out" / "config.json"
+    known = json.loads(file.read_text())
+    del known["eagle_config"], known["eagle_aux_hidden_state_layer_ids"]
+    file.write_text(json.dumps(known))
+    check_warm_start(config, tmp_path / "out", target)
+
+
+# --- the vocabulary
+
+
+def test_keep_takes_the_drafts_own_vocabulary_and_says_what_it_covers(target, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config, draft = make_draft(target, counts_of(*range(10, 10 + W)))
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    _, fresh = make_draft(target, random_counts())
+    # A quarter of the supervised tokens is outside.
+    counts = counts_of(1, 12, 14, 16)
+    start(fresh, tmp_path / "out", target, counts=counts)
+    assert_same(draft, fresh)
+    assert "kept its vocabulary of 20 tokens, 75.00% of the supervised tokens" in caplog.text
+    assert "trainer.init_vocab=rebuild would give 100.00%" in caplog.text
+
+
+@pytest.mark.parametrize("form", ExportFormat)
+def test_rebuild_moves_rows_to_their_tokens_and_starts_new_ones_from_the_target(
+    target, tmp_path, form
+):
+    config, draft = make_draft(target, counts_of(*range(0, 2 * W, 2)))
+    label_rows(draft, 1000)
+    export(draft, config, target, tmp_path / "out", format=form, dtype=torch.float32)
+    _, fresh = make_draft(target, counts_of(*range(15, 15 + W)))
+
+    start(fresh, tmp_path / "out", target, InitVocab.rebuild)
+
+    assert fresh.target_ids.tolist() == list(range(15, 15 + W))
+    head = target.load_head()
+    for row, token in zip(fresh.lm_head.weight, range(15, 15 + W), strict=True):
+        known = token % 2 == 0 and token < 2 * W
+        assert torch.equal(row, torch.full((H,), 1000.0 + token) if known else head[token])
+    assert_same(draft, fresh, but=("lm_head.weight", "d2t", "t2d"))
+
+
+@pytest.mark.parametrize(("there", "here"), [(W, 30), (30, W), (W, None), (None, W)])
+def test_rebuild_changes_the_size_of_the_vocabulary(target, tmp_path, there, here):
+    config, draft = make_draft(target, random_counts(), draft_vocab_size=there)
+    label_rows(draft, 1000)
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    _, fresh = make_draft(target, random_counts(), draft_vocab_size=here)
+    with pytest.raises(ValueError, match=r"proposes \d+ tokens.*trainer\.init_vocab=rebuild"):
+        start(fresh, tmp_path / "out", target)
+
+    start(fresh, tmp_path / "out", target, InitVocab.rebuild)
+
+    known = set(range(V)) if there is None else set(draft.target_ids.tolist())
+    ids = list(range(V)) if here is None else fresh.target_ids.tolist()
+    head = target.load_head()
+    for row, token in zip(fresh.lm_head.weight, ids, strict=True):
+        assert torch.equal(row, torch.full((H,), 1000.0 + token) if token in known else head[token])
+
+
+def test_a_file_without_t2d_gets_it_from_d2t(target, tmp_path):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    rewrite(tmp_path / "out", lambda name: None if name == "t2d" else name)
+    _, fresh = make_draft(target, random_counts())
+    load_weights(fresh, tmp_path / "out")
+    assert_same(draft, fresh)
+
+
+def test_a_d2t_of_token_ids_is_understood_where_t2d_shows_it(target, tmp_path):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    assert not torch.equal(draft.target_ids, draft.d2t)
+    rewrite(tmp_path / "out", str, {"d2t": draft.target_ids})
+    _, fresh = make_draft(target, random_counts())
+    load_weights(fresh, tmp_path / "out")
+    assert_same(draft, fresh)
+
+
+@pytest.mark.parametrize("shift", [-1, V])
+def test_a_d2t_that_leads_outside_the_vocabulary_is_refused(target, tmp_path, shift):
+    config, draft = make_draft(target, counts_of(*range(W)))
+    export(draft, config, target, tmp_path / "out")
+    rewrite(tmp_path / "out", lambda name: None if name == "t2d" else name)
+    rewrite(tmp_path / "out", str, {"d2t": draft.d2t + shift})
+    with pytest.raises(ValueError, match=r"d2t leads outside the target's 50 tokens"):
+        load_weights(draft, tmp_path / "out")
+
+
+def test_a_whole_vocabulary_without_a_head_has_the_targets(target, tmp_path):
+    config, draft = make_draft(target, None, draft_vocab_size=None)
+    label_rows(draft, 1000)
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    rewrite(tmp_path / "out", lambda name: None if name == "lm_head.weight" else name)
+    loaded = load_draft(tmp_path / "out", target)
+    assert torch.equal(loaded.lm_head.weight, target.load_head())
+    assert_same(draft, loaded, but=("lm_head.weight",))
+
+
+def test_a_pruned_vocabulary_without_a_head_is_refused(target, tmp_path):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out")
+    rewrite(tmp_path / "out", lambda name: None if name == "lm_head.weight" else name)
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
+        load_draft(tmp_path / "out", target)
