@@ -55,10 +55,13 @@ def test_every_yaml_has_a_folder():
 
 
 def test_no_two_algorithms_write_the_same_architecture():
-    names = registry.architectures()
-    assert len(names) == len(set(names))
-    for name in names:
-        assert name in registry.find_architecture(name).public.architectures
+    writers = {}
+    for algorithm in catalog.algorithms():
+        for form in registry.formats(algorithm).values():
+            for name in form.architectures:
+                writers.setdefault(name, set()).add(algorithm)
+    assert set(writers) == set(registry.architectures())
+    assert [name for name, algorithms in writers.items() if len(algorithms) > 1] == []
 
 
 def test_settings_are_found_without_importing_torch():
