@@ -22,12 +22,23 @@ from colospec.draft.eagle3.config import Eagle3Config
 from colospec.engine.sglang_serving import ServingJob
 from colospec.evaluate import __main__ as command
 from colospec.evaluate import served, through
-from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
+from colospec.evaluate.acceptance import (
+    Acceptance,
+    DecodingSettings,
+    decode_plain,
+    decode_speculatively,
+)
 from colospec.evaluate.drafters import GreedyProposals
 from colospec.evaluate.sampling import Sampler
-from colospec.evaluate.served import count_steps, serve
-from colospec.evaluate.through import arguments_of, check_machine
+from colospec.evaluate.served import Served, ServedRun, count_steps, serve
+from colospec.evaluate.through import (
+    ThroughSglang,
+    arguments_of,
+    check_machine,
+    warn_if_apart,
+)
 from colospec.target import Target
+from tests import tiny
 from tests.engine import targets
 from tests.evaluate.models import TargetAsDrafter, Untrained, make_untrained, random_prompts
 
@@ -141,6 +152,91 @@ def test_greedy_proposals_are_the_most_likely_tokens(untrained: Untrained) -> No
         proposals.append(drafter.propose(known, aux, num_tokens=K, sampler=sampler))
     assert torch.equal(proposals[0].token_ids, proposals[1].token_ids)
     assert torch.equal(proposals[0].probabilities, proposals[1].probabilities)
+
+
+def accepted_by(rows: list[tuple[list[int], list[int]]]) -> Acceptance:
+    result = Acceptance(K, 0.0)
+    result.num_reached = [0] * K
+    for output, accepted in rows:
+        result.add_prompt(output, accepted)
+    return result
+
+
+def both_ways(drafted: Acceptance) -> ThroughSglang:
+    plain = accepted_by([(output, []) for output in drafted.outputs])
+    for one in (plain, drafted):
+        one.num_tokens, one.seconds = 10, 2.0
+    return ThroughSglang(
+        Served("0.5.17", {}, [ServedRun(1, drafted)]), Served("0.5.17", {}, [ServedRun(1, plain)])
+    )
+
+
+def test_only_prompts_with_the_same_text_are_compared(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loop = accepted_by([([1, 2], [5, 4]), ([3, 4], [0, 0, 0])])
+    same = both_ways(accepted_by([([1, 2], [5, 4]), ([3, 9], [5])]))
+    with caplog.at_level("WARNING", logger="colospec"):
+        warn_if_apart(same, loop)
+        assert not caplog.records
+        warn_if_apart(both_ways(accepted_by([([1, 2], [5, 3]), ([3, 9], [5])])), loop)
+    assert "accepts 5.000 and our loop 5.500 tokens per step on the 1 of 2" in caplog.text
+
+    (numbers,) = same.to_dict(loop, None)["runs"]
+    assert numbers["acceptance_length"] == pytest.approx(1 + 14 / 3)
+    assert numbers["num_same_text_as_loop"] == 1
+    assert numbers["num_lossless"] == 2
+    assert numbers["speedup"] == 1.0
+    assert same.table(loop, None).row_count == 1
+
+
+def test_the_command_reports_sglang_beside_our_loop(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Everything but SGLang itself."""
+    data = tiny.write_data(tmp_path / "rows.jsonl", num_rows=10)
+    target = Target.load(tiny.write_target(tmp_path / "target"))
+    exported(tmp_path / "draft", target, Eagle3Config(ttt_length=2))
+    jobs = []
+
+    def pretend(job: ServingJob) -> Served:
+        jobs.append(job)
+        runs = []
+        for temperature in job.temperatures:
+            for size in job.batch_sizes:
+                one = accepted_by([([1], [1, 0])] * len(job.prompts))
+                one.temperature, one.num_tokens, one.seconds = temperature, 8, 1.0
+                runs.append(ServedRun(size, one))
+        return Served("0.5.17", {"page_size": 1}, runs)
+
+    monkeypatch.setattr(through, "serve", pretend)
+    monkeypatch.setattr(command, "check_machine", lambda *_: None)
+    words = {
+        "target": target.path,
+        "draft": tmp_path / "draft",
+        "prompts": data,
+        "num-prompts": 2,
+        "max-new-tokens": 6,
+        "chain-length": 3,
+        "temperature": 0.5,
+        "through": "sglang",
+        "batch-sizes": "2,5",
+        "device": "cpu",
+        "json": tmp_path / "out.json",
+    }
+    command.main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+
+    drafted, plain = jobs
+    assert drafted.speculative["speculative_num_steps"] == 3
+    assert plain.speculative == {}
+    assert (drafted.batch_sizes, drafted.temperatures) == ([2, 5], [0.0, 0.5])
+    assert [len(prompt) > 0 for prompt in drafted.prompts] == [True, True]
+    report = json.loads((tmp_path / "out.json").read_text())["through_sglang"]
+    assert [run["acceptance_length"] for run in report["runs"]] == [1.5] * 4
+    assert report["loop_with_greedy_proposals"]["temperature"] == 0.5
+    assert "through SGLang 0.5.17" in capfd.readouterr().err
 
 
 # --- what SGLang does not serve
