@@ -147,6 +147,7 @@ class Probe:
             target=job.target,
             facts=self._facts,
             format=job.run.export.format,
+            dtype=getattr(torch, job.run.export.dtype.value),
         )
         model = self._load(draft)
         decoder = CapturedDecoder(
