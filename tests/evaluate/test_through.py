@@ -17,9 +17,7 @@ from colospec.draft.eagle3.config import Eagle3Config
 from colospec.engine.sglang_serving import ServingJob
 from colospec.evaluate import __main__ as command
 from colospec.evaluate import through
-from colospec.evaluate.acceptance import (
-    Acceptance,
-)
+from colospec.evaluate.acceptance import Acceptance
 from colospec.evaluate.drafters import GreedyProposals
 from colospec.evaluate.sampling import Sampler
 from colospec.evaluate.served import Served, ServedRun
@@ -172,7 +170,9 @@ def test_a_draft_of_another_layout_is_named(untrained: Untrained, tmp_path: Path
     contents["architectures"] = ["SomethingElse"]
     (path / "config.json").write_text(json.dumps(contents))
 
-    with pytest.raises(ValueError, match="architecture is SomethingElse"):
+    with pytest.raises(
+        ValueError, match=r"architecture is SomethingElse, not Llama.* --format sglang"
+    ):
         arguments_of(model, path, 4)
 
 
