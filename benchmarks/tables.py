@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from quality_table import quality_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -220,6 +221,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "split": split_table,
     "original": original_table,
     "dflash": dflash_table,
+    "quality": quality_table,
 }
 
 

@@ -1,8 +1,9 @@
 """The demo: a small real target made on this machine, a draft for it, and what the draft gains.
 
 No download: the target is a Qwen3 of two million parameters, trained for about a minute on the one
-text that every machine with Python has, the sources of the standard library. It is built once and
-kept in the user's cache; any number of processes may ask for it at the same time.
+text that every machine with Python has, the sources of the standard library. Its draft learns from
+text that the target writes itself, as drafts for large targets do. All of it is built once and kept
+in the user's cache; any number of processes may ask for it at the same time.
 
     python -m colospec.demo                       # target, data, training, report
     python -m colospec.demo --report RUN_DIR      # the report of a finished run
@@ -55,6 +56,10 @@ NUM_TOKENIZER_FILES = 200
 NUM_TRAIN_ROWS = 4000
 NUM_EVAL_ROWS = 64
 PIECE_CHARS = (300, 1000)
+NUM_WRITTEN_ROWS = 1280
+WRITTEN_BATCH = 640
+WRITTEN_TOKENS = (16, 112)  # given, and written behind them
+WRITTEN_TEMPERATURE = 0.7
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Folders that hold tables and grammars, and those that many systems leave out.
 TABLES = ("encodings", "lib2to3", "pydoc_data")
@@ -122,6 +127,44 @@ def ensure_data(cache_dir: Path | str | None = None) -> DemoData:
 
     _build_once(path, build, "the demo data")
     return DemoData(path / "train.jsonl", path / "eval.jsonl")
+
+
+def ensure_written(cache_dir: Path | str | None = None) -> Path:
+    """Return a JSON Lines file of `text` rows that the target wrote, after making it if it is not
+    there yet: each continues the first tokens of a training row.
+
+    A draft learns more from them than from the training text itself. Of that a target so small
+    knows little, so most next tokens of the text are noise to whoever predicts the target.
+    """
+    recipe = (NUM_WRITTEN_ROWS, WRITTEN_BATCH, WRITTEN_TOKENS, WRITTEN_TEMPERATURE)
+    version = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]
+    path = _version_directory(cache_dir) / f"written-{version}"
+
+    def build(directory: Path) -> None:
+        from colospec.data.encode import load_tokenizer
+        from colospec.evaluate.continuation import continue_prompts
+
+        target = Target.load(ensure_target(cache_dir))
+        tokenizer = load_tokenizer(target.path)
+        lines = ensure_data(cache_dir).train_path.read_text().splitlines()
+        rows = tokenizer([json.loads(line)["text"] for line in lines])["input_ids"]
+        given, num_tokens = WRITTEN_TOKENS
+        prompts = [row[:given] for row in rows if len(row) >= given][:NUM_WRITTEN_ROWS]
+        written = continue_prompts(
+            target,
+            torch.tensor(prompts),
+            num_tokens=num_tokens,
+            temperature=WRITTEN_TEMPERATURE,
+            batch_size=WRITTEN_BATCH,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+        with (directory / "train.jsonl").open("w") as out:
+            for text in tokenizer.batch_decode(written, clean_up_tokenization_spaces=False):
+                out.write(json.dumps({"text": text}) + "\n")
+
+    _build_once(path, build, "text that the demo target writes (half a minute, once per machine)")
+    return path / "train.jsonl"
 
 
 def _version_directory(cache_dir: Path | str | None) -> Path:
@@ -377,7 +420,7 @@ def report(run_dir: Path) -> None:
     result = report_run(
         run_dir,
         target,
-        train_path=data.train_path,
+        train_path=ensure_written(),
         eval_path=data.eval_path,
         settings=ReportSettings(),
     )
@@ -405,6 +448,7 @@ def _train_draft(overrides: list[str]) -> Path:
     choices = [
         "+mode=colocate",
         f"+experiment={_experiment(overrides)}",
+        f"data.path={ensure_written()}",
         f"run_dir={run_dir}",
         *overrides,
     ]

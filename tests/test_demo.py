@@ -87,6 +87,25 @@ def test_data_is_reproducible_and_evaluation_text_is_held_out(tmp_path: Path) ->
     assert not set(train) & set(held_out)
 
 
+def test_drafts_learn_from_what_the_target_wrote(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "NUM_WRITTEN_ROWS", 6)
+    monkeypatch.setattr(demo, "WRITTEN_BATCH", 4)
+    target = demo.ensure_target(cache)
+    text = json.loads(next(demo.ensure_data(cache).train_path.open()))["text"]
+    given = AutoTokenizer.from_pretrained(target)(text)["input_ids"][: demo.WRITTEN_TOKENS[0]]
+
+    path = demo.ensure_written(cache)
+
+    rows = [json.loads(line)["text"] for line in path.open()]
+    prefix = AutoTokenizer.from_pretrained(target).decode(given)
+    assert len(rows) == 6
+    assert rows[0].startswith(prefix)
+    assert rows[0] != text[: len(rows[0])]
+    assert demo.ensure_written(cache) == path
+
+
 def test_user_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

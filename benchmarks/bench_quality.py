@@ -1,0 +1,373 @@
+"""From nothing to served drafts: a target, its own text, Eagle3 and DFlash on it, what both gain.
+
+    python benchmarks/bench_quality.py --work DIR            # one GPU, about ten minutes
+    python benchmarks/bench_quality.py --tiny                # this machine's CPU, two minutes
+
+The phases: text (files of this machine, some held out; a tokenizer), target (a Qwen3 of about 100
+million parameters), samples (what the target writes at temperature 0.7 behind the first tokens of
+training files), one training job per draft on the same samples and as many tokens, and the
+measurements: the reference loop on held-out prompts, beside an untrained draft and a bigram table,
+then SGLang. A phase whose results are in DIR is not run again, so an interrupted bench goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import quality_eval
+import quality_text
+import torch
+from bench_colocate import versions
+from bench_ring import RESULTS, commit, machine
+from quality_target import Model, Shape, held_out_loss, sample, train
+
+from colospec.data.encode import load_tokenizer
+from colospec.evaluate.acceptance import DecodingSettings
+from colospec.evaluate.drafters import most_frequent_successors
+from colospec.evaluate.prompts import read_prompts
+from colospec.log import console, to_console
+
+BIGRAM_ROWS = 8192
+MIN_SERVED_S = 60.0
+TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; `*_s` are budgets in seconds. `total_s` bounds the whole: what SGLang
+    serves is left out where it does not suffice."""
+
+    shape: Shape
+    text_bytes: int
+    tokenizer_bytes: int
+    target_s: float
+    window: int
+    batch: int
+    samples_s: float
+    sample_batch: int
+    sample_tokens: int
+    prompt_tokens: int
+    draft_steps: int
+    token_budget: int
+    overrides: dict[str, tuple[str, ...]]
+    num_prompts: int
+    served_prompts: int
+    max_new_tokens: int
+    chain_length: int
+    total_s: float
+
+    def scaled(self, share: float) -> Sizes:
+        """Return the sizes of a run that is `share` as long."""
+        return replace(
+            self,
+            target_s=self.target_s * share,
+            samples_s=self.samples_s * share,
+            draft_steps=max(1, round(self.draft_steps * share)),
+        )
+
+
+FULL = Sizes(
+    shape=Shape(16384, 768, 2560, 12, 12, 4, 64),
+    text_bytes=160_000_000, tokenizer_bytes=24_000_000,
+    target_s=50.0, window=1024, batch=32,
+    samples_s=12.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
+    draft_steps=1500, token_budget=4096,
+    overrides={
+        "eagle3": ("trainer.lr=1e-3", "draft.draft_vocab_size=null"),
+        "dflash": (
+            "trainer.lr=1e-3", "draft.block_size=8", "draft.decay_gamma=4.0",
+            "draft.num_anchors=128", "trainer.max_grad_norm=1.0", "trainer.warmup_fraction=0.04",
+        ),
+    },
+    num_prompts=84, served_prompts=8, max_new_tokens=64, chain_length=7, total_s=375.0,
+)  # fmt: skip
+TINY = Sizes(
+    shape=Shape(1024, 64, 128, 4, 4, 2, 16),
+    text_bytes=2_000_000, tokenizer_bytes=500_000,
+    target_s=6.0, window=128, batch=8,
+    samples_s=3.0, sample_batch=32, sample_tokens=96, prompt_tokens=32,
+    draft_steps=20, token_budget=512,
+    overrides={
+        "eagle3": ("trainer.lr=3e-3", "draft.draft_vocab_size=null", "draft.ttt_length=3"),
+        "dflash": ("trainer.lr=3e-3", "draft.block_size=4", "draft.num_layers=2"),
+    },
+    num_prompts=4, served_prompts=2, max_new_tokens=16, chain_length=3, total_s=375.0,
+)  # fmt: skip
+
+
+class Bench:
+    """One run in the directory `work`; every phase returns facts, kept as work/PHASE.json."""
+
+    def __init__(self, work: Path, sizes: Sizes) -> None:
+        self.work, self.sizes = work, sizes
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.num_processes = min(24, max(1, len(os.sched_getaffinity(0)) // 2))
+        work.mkdir(parents=True, exist_ok=True)
+        self.begin, self.ended = time.monotonic(), 0.0
+        self.origin = self.phase("origin", origin)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left of all."""
+        return self.sizes.total_s - (time.monotonic() - self.begin)
+
+    def tell(self, text: str) -> None:
+        """Print a line with the time since the start."""
+        print(f"[{time.monotonic() - self.begin:5.0f} s] {text}", flush=True)
+
+    def phase(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a phase, or read what it gave an earlier time."""
+        file = self.work / f"{name}.json"
+        if file.is_file():
+            self.tell(f"{name}: done before")
+            facts = dict(json.loads(file.read_text()))
+            self.ended = max(self.ended, facts["ended"])
+            return facts
+        begin = time.monotonic()
+        facts = run()
+        end = time.monotonic()
+        facts |= {"seconds": round(end - begin, 1), "ended": round(end - self.begin, 1)}
+        self.ended = max(self.ended, facts["ended"])
+        file.write_text(json.dumps(facts))
+        shown = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
+        self.tell(f"{name}: {shown}")
+        return facts
+
+    def text(self) -> dict[str, Any]:
+        """Collect the text, train the tokenizer, keep all tokens."""
+        sizes = self.sizes
+        texts = quality_text.collect(max_bytes=sizes.text_bytes)
+        tokenizer = quality_text.train_tokenizer(
+            texts.train, vocab_size=sizes.shape.vocab_size, num_bytes=sizes.tokenizer_bytes
+        )
+        (self.work / "target").mkdir(exist_ok=True)
+        tokenizer.save_pretrained(self.work / "target")
+        tokens = {
+            "train": quality_text.encode(tokenizer, texts.train),
+            "held_out": quality_text.encode(tokenizer, texts.held_out),
+        }
+        torch.save(tokens, self.work / "tokens.pt")
+        prompts = quality_text.windows(
+            tokens["held_out"], sizes.num_prompts, 2 * sizes.prompt_tokens, seed=1
+        )
+        self._write_rows("held_out.jsonl", prompts.tolist(), tokenizer)
+        return {
+            "train_files": len(texts.train), "held_out_files": len(texts.held_out),
+            "train_bytes": sum(map(len, texts.train)),
+            "train_tokens": len(tokens["train"]), "held_out_tokens": len(tokens["held_out"]),
+        }  # fmt: skip
+
+    def target(self) -> dict[str, Any]:
+        """Train the target and keep it as a Hugging Face directory."""
+        sizes, tokens = self.sizes, torch.load(self.work / "tokens.pt")
+        torch.manual_seed(0)
+        model = Model(sizes.shape).to(self.device)
+        lines = iter(range(10**9))
+
+        def tell(text: str) -> None:
+            if next(lines) % 5 == 0:
+                self.tell(f"target: {text}")
+
+        facts = train(
+            model, tokens["train"], seconds=sizes.target_s, batch=sizes.batch,
+            length=sizes.window, tell=tell,
+        )  # fmt: skip
+        model.save(self.work / "target", load_tokenizer(self.work / "target"))
+        windows = quality_text.windows(tokens["held_out"], 64, sizes.window, seed=2)
+        size = sum(weight.numel() for weight in model.parameters())
+        return {
+            "parameters": size, "shape": asdict(sizes.shape),
+            "held_out_loss": held_out_loss(self._load(), windows), **facts,
+        }  # fmt: skip
+
+    def samples(self) -> dict[str, Any]:
+        """Let the target continue prefixes of training files; keep texts and the bigram table."""
+        sizes, tokens = self.sizes, torch.load(self.work / "tokens.pt")["train"]
+        tokenizer, model = load_tokenizer(self.work / "target"), self._load()
+        torch.manual_seed(3)
+        rows: list[list[int]] = []
+        begin = time.monotonic()
+        while not rows or time.monotonic() - begin < sizes.samples_s:
+            prompts = quality_text.windows(
+                tokens, sizes.sample_batch, sizes.prompt_tokens, seed=len(rows)
+            )
+            drawn = sample(model, prompts, length=sizes.sample_tokens, temperature=TEMPERATURE)
+            rows += [_until_end(row, sizes.prompt_tokens) for row in drawn.tolist()]
+            self.tell(f"samples: {sum(map(len, rows)):,} tokens")
+        self._write_rows("train.jsonl", rows, tokenizer)
+        texts = [torch.tensor(row) for row in rows[:BIGRAM_ROWS]]
+        pairs = [(row, torch.ones(len(row), dtype=torch.bool)) for row in texts]
+        table = most_frequent_successors(pairs, vocab_size=sizes.shape.vocab_size)
+        torch.save(table, self.work / "successors.pt")
+        return {"rows": len(rows), "tokens": sum(map(len, rows)), "temperature": TEMPERATURE}
+
+    def draft(self, name: str) -> dict[str, Any]:
+        """Train a draft in a colocated job of its own."""
+        sizes, run_dir = self.sizes, self.work / f"run-{name}"
+        overrides = [
+            "+mode=colocate", f"draft={name}", f"target.path={self.work / 'target'}",
+            f"data.path={self.work / 'train.jsonl'}", "launch.gpus=1",
+            f"data.max_length={min(sizes.sample_tokens + 64, sizes.token_budget)}",
+            f"data.token_budget={sizes.token_budget}",
+            f"trainer.max_steps={sizes.draft_steps}", "trainer.log_interval=10",
+            f"run_dir={run_dir}", *sizes.overrides[name],
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "colospec.run", *overrides]
+        log = self.work / f"run-{name}.log"
+        with log.open("w") as out:
+            done = subprocess.run(
+                command, stdout=out, stderr=subprocess.STDOUT, timeout=max(self.left, 1.0),
+                check=False,
+            )  # fmt: skip
+        if done.returncode:
+            print(*log.read_text().splitlines()[-30:], sep="\n")
+            raise RuntimeError(f"training {name} ended with exit code {done.returncode}")
+        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+        curve = [json.loads(line) for line in lines]
+        curve = [row for row in curve if "train/loss" in row]
+        return {
+            "steps": sizes.draft_steps,
+            "tokens": sizes.draft_steps * sizes.token_budget,
+            "settings": list(sizes.overrides[name]),
+            "train_loss": curve[-1]["train/loss"],
+            "train_simulated": curve[-1]["train/simulated_acceptance_length"],
+            "curve": [_short(row) for row in curve],
+        }
+
+    def reference(self, name: str) -> dict[str, Any]:
+        """Measure a draft by the reference loop."""
+        sizes, tokens = self.sizes, torch.load(self.work / "tokens.pt")["held_out"]
+        prompts = read_prompts(
+            self.work / "held_out.jsonl", load_tokenizer(self.work / "target"),
+            num_prompts=sizes.num_prompts, prompt_tokens=sizes.prompt_tokens,
+        )  # fmt: skip
+        comparison = quality_eval.measure(
+            self.work / "target", self.work / f"run-{name}" / "export",
+            successors=torch.load(self.work / "successors.pt"), prompts=prompts,
+            texts=list(quality_text.windows(tokens, sizes.num_prompts, 256, seed=4)),
+            settings=self._decoding(1.0), num_processes=self.num_processes,
+        )  # fmt: skip
+        console.print(f"{name}:", comparison.table())
+        return comparison.to_dict()
+
+    def served(self, name: str) -> dict[str, Any]:
+        """Measure a draft through SGLang, greedily, on some of the prompts."""
+        sizes, left = self.sizes, self.left
+        if left < MIN_SERVED_S:
+            return {"skipped": f"{left:.0f} of {sizes.total_s:.0f} s are left"}
+        return quality_eval.through_sglang(
+            self.work / "target", self.work / f"run-{name}" / "export",
+            self.work / "held_out.jsonl", settings=self._decoding(0.0),
+            num_prompts=sizes.served_prompts, prompt_tokens=sizes.prompt_tokens,
+            out=self.work / f"sglang-report-{name}.json", limit_s=left,
+        )  # fmt: skip
+
+    def run(self) -> dict[str, Any]:
+        """Run all phases; return the record."""
+        facts = {
+            "text": self.phase("text", self.text),
+            "target": self.phase("target", self.target),
+            "samples": self.phase("samples", self.samples),
+        }
+        drafts: dict[str, dict[str, Any]] = {}
+        # The reference loop needs no GPU, and half of the cores: it runs beside what comes next.
+        with ThreadPoolExecutor(1) as pool:
+            waiting = {}
+            for name in self.sizes.overrides:
+                drafts[name] = self.phase(f"draft-{name}", lambda name=name: self.draft(name))
+                waiting[name] = pool.submit(
+                    self.phase, f"reference-{name}", lambda name=name: self.reference(name)
+                )
+            for name in drafts:
+                served = self.phase(f"sglang-{name}", lambda name=name: self.served(name))
+                drafts[name]["sglang"] = served
+            for name, future in waiting.items():
+                drafts[name]["reference"] = future.result()
+        return {**facts, "drafts": drafts}
+
+    def _decoding(self, temperature: float) -> DecodingSettings:
+        sizes = self.sizes
+        return DecodingSettings(
+            max_new_tokens=sizes.max_new_tokens,
+            chain_length=sizes.chain_length,
+            temperature=temperature,
+        )
+
+    def _load(self) -> Model:
+        """Return the target as it was saved: in bfloat16 on a GPU, and not compiled."""
+        from safetensors.torch import load_file
+
+        state = load_file(self.work / "target" / "model.safetensors")
+        model = Model(self.sizes.shape)
+        model.load_state_dict({name.removeprefix("model."): t for name, t in state.items()})
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        return model.to(self.device, dtype).eval()
+
+    def _write_rows(self, name: str, rows: list[list[int]], tokenizer: Any) -> None:
+        texts = tokenizer.backend_tokenizer.decode_batch(rows, skip_special_tokens=False)
+        with (self.work / name).open("w") as out:
+            out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def origin() -> dict[str, Any]:
+    """Return what the figures come from."""
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def _until_end(row: list[int], prompt_tokens: int) -> list[int]:
+    """Cut a sample behind the first end token (0) that the target wrote."""
+    return row[: row.index(0, prompt_tokens) + 1] if 0 in row[prompt_tokens:] else row
+
+
+def _short(row: dict[str, float]) -> dict[str, float]:
+    """Keep what the plot shows of a line of metrics.jsonl."""
+    names = [name for name in row if name.startswith(("train/loss", "train/acc_", "train/simul"))]
+    return {"step": row["step"], **{name.removeprefix("train/"): row[name] for name in names}}
+
+
+def main() -> None:
+    """Run, and write the record."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="of the target's, samples' and drafts' training"
+    )
+    parser.add_argument("--work", type=Path, help="keep everything here, and go on from it")
+    parser.add_argument("--out", type=Path, help="write the record here")
+    arguments = parser.parse_args()
+    kept = arguments.work and (arguments.work / "origin.json").is_file()
+    if not (arguments.tiny or kept or torch.cuda.is_available()):
+        sys.exit("error: bench_quality.py needs a CUDA GPU; try --tiny on a CPU")
+    to_console()
+    with tempfile.TemporaryDirectory(prefix="bench-quality-") as name:
+        sizes = (TINY if arguments.tiny else FULL).scaled(arguments.share)
+        bench = Bench(arguments.work or Path(name), sizes)
+        results = bench.run()
+    record = {"benchmark": "quality", **bench.origin, **results, "seconds": bench.ended}
+    out = arguments.out or (None if arguments.tiny else RESULTS / "quality-h200.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()

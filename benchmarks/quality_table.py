@@ -1,0 +1,76 @@
+"""The table of bench_quality.py in README.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+
+def quality_table(results: Path) -> str | None:
+    """Drafts trained from nothing on one GPU: real and simulated acceptance length, and speed."""
+    files = sorted(results.glob("quality-*.json"))
+    if not files:
+        return None
+    result = json.loads(files[0].read_text())
+    heads = (
+        "draft", "steps", "loss", "simulated", "real, greedy", "real, T = 1",
+        "through SGLang (loop)", "tokens/s at 1, 8, 32", "without a draft",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, draft in result["drafts"].items():
+        for kind, one in draft["reference"]["drafters"].items():
+            if kind != "bigram table":
+                trained = kind == "trained draft"
+                cells = [str(draft["steps"] if trained else 0), *_cells(one)]
+                cells += _served(draft["sglang"]) if trained else ["-"] * 3
+                lines.append(f"| {name}{'' if trained else ', untrained'} | {' | '.join(cells)} |")
+    first = next(iter(result["drafts"].values()))
+    table = first["reference"]["drafters"]["bigram table"]
+    lines.append(f"| bigram table | - | {' | '.join(_cells(table))} | - | - | - |")
+    gaps = [
+        _gap(one["reference"]["drafters"]["trained draft"]) for one in result["drafts"].values()
+    ]
+    return "\n".join(lines) + "\n" + _note(result, gaps)
+
+
+def _note(result: dict, gaps: list[str]) -> str:
+    target, samples = result["target"], result["samples"]
+    first = next(iter(result["drafts"].values()))
+    sizes = [part / 1e6 for part in (target["parameters"], target["tokens"], samples["tokens"])]
+    loops = first["reference"]["plain_looping_share"]
+    return (
+        f"\nbenchmarks/bench_quality.py, one {result['machine']['gpu']}, "
+        f"{result['seconds'] / 60:.0f} minutes in all, commit {result['commit']}: a target of "
+        f"{sizes[0]:.0f} million parameters, trained for {target['train_s']:.0f} s on "
+        f"{sizes[1]:.0f} million tokens of the machine's text; {sizes[2]:.0f} million tokens that "
+        f"it wrote itself at T = {samples['temperature']:g}; both drafts read "
+        f"{first['tokens'] / 1e6:.0f} million. Acceptance length with the bonus token, "
+        f"{first['reference']['num_prompts']} prompts of held-out files; {loops:.0%} of the greedy "
+        f"outputs loop. Real, greedy, is {' and '.join(gaps)} off simulated. SGLang decodes "
+        "greedily, some of the prompts; in brackets our loop on the same, in bfloat16."
+    )
+
+
+def _cells(one: dict) -> list[str]:
+    lengths = (one[key]["acceptance_length"] for key in ("simulated", "greedy", "sampled"))
+    loss = "-" if one["loss"] is None else f"{one['loss']:.2f}"
+    return [loss, *(f"{length:.2f}" for length in lengths)]
+
+
+def _gap(one: dict) -> str:
+    simulated = one["simulated"]["acceptance_length"]
+    return f"{one['greedy']['acceptance_length'] / simulated - 1:+.1%}"
+
+
+def _served(served: dict) -> list[str]:
+    """What SGLang gave: greedy acceptance length (and that of the loop on the same prompts), then
+    tokens per second by batch size, with the draft and without."""
+    if "skipped" in served:
+        return ["-"] * 3
+    runs = [run for run in served["through_sglang"]["runs"] if run["temperature"] == 0]
+    loop = served["drafters"]["draft"]["greedy"]["acceptance_length"]
+    rates = (
+        " / ".join(f"{run[key]:,.0f}" for run in runs)
+        for key in ("tokens_per_s", "plain_tokens_per_s")
+    )
+    return [f"{runs[0]['acceptance_length']:.2f} ({loop:.2f})", *rates]
