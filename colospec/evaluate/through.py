@@ -147,7 +147,8 @@ def arguments_of(model: DraftModel, directory: Path, chain_length: int) -> dict[
     if named != written:
         raise ValueError(
             f"SGLang does not load {directory}, whose architecture is {named}, not {written}; "
-            "write it in SGLang's format: python -m colospec.checkpoint.export CHECKPOINT_DIR OUT_DIR --format sglang"
+            "write it in SGLang's format: python -m colospec.checkpoint.export CHECKPOINT_DIR "
+            "OUT_DIR --format sglang"
         )
     arguments = model.public.sglang_arguments(model.config, chain_length)
     return {**arguments, "speculative_draft_model_path": str(directory)}
