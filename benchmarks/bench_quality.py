@@ -13,6 +13,7 @@ then SGLang. A phase whose results are in DIR is not run again, so an interrupte
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -136,6 +137,10 @@ class Bench:
             return facts
         begin = time.monotonic()
         facts = run()
+        if torch.cuda.is_available():
+            # What is done here leaves the memory to the jobs that follow.
+            gc.collect()
+            torch.cuda.empty_cache()
         end = time.monotonic()
         facts |= {"seconds": round(end - begin, 1), "ended": round(end - self.begin, 1)}
         self.ended = max(self.ended, facts["ended"])
