@@ -38,7 +38,7 @@ def continue_prompts(
     rows = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for part in prompts.to(device).split(batch_size):
+        for part in torch.split(prompts.to(device), batch_size):
             with torch.inference_mode():
                 drawn = model.generate(
                     part,
