@@ -86,7 +86,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         real = comparison.drafters["draft"].greedy
         console.print(served.table(real, sampled))
         warn_if_apart(served, real)
-        report["through_sglang"] = served.to_dict(sampled)
+        report["through_sglang"] = served.to_dict(real, sampled)
     if options.json:
         asked = {name: str(value) for name, value in vars(options).items() if name != "json"}
         report = {"settings": asked, **report}

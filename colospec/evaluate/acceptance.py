@@ -72,8 +72,9 @@ class PlainOutput:
 class Acceptance:
     """What speculative decoding of a set of prompts gave.
 
-    `num_reached[k]` counts verify steps that accepted more than k tokens. `num_tokens` are those of
-    the outputs, `seconds` and `num_target_forwards` include reading the prompts.
+    `num_reached[k]` counts verify steps that accepted more than k tokens; `per_prompt` has each
+    prompt's verify steps and accepted tokens. `num_tokens` are those of the outputs, `seconds` and
+    `num_target_forwards` include reading the prompts.
     """
 
     chain_length: int
@@ -84,12 +85,28 @@ class Acceptance:
     seconds: float = 0.0
     num_reached: list[int] = field(default_factory=list)
     outputs: list[list[int]] = field(default_factory=list)
+    per_prompt: list[tuple[int, int]] = field(default_factory=list)
     divergences: list[Divergence] | None = None
 
     @property
     def acceptance_length(self) -> float:
         """Mean tokens gained per verify step, the bonus token counted: 1 to K + 1."""
         return 1.0 + sum(self.cumulative_rates)
+
+    def add_prompt(self, output: list[int], accepted: Sequence[int]) -> None:
+        """Count a prompt's `output` and the accepted tokens of each of its verify steps."""
+        self.outputs.append(output)
+        self.per_prompt.append((len(accepted), sum(accepted)))
+        self.num_steps += len(accepted)
+        for number in accepted:
+            for place in range(number):
+                self.num_reached[place] += 1
+
+    def length_on(self, prompts: Sequence[int]) -> float:
+        """Return the acceptance length on the prompts of these numbers; 1 where they have no verify
+        step."""
+        steps, accepted = (sum(self.per_prompt[n][i] for n in prompts) for i in (0, 1))
+        return 1.0 + accepted / max(1, steps)
 
     @property
     def cumulative_rates(self) -> list[float]:
@@ -190,8 +207,8 @@ def decode_speculatively(
     first_forward = target.num_forwards
     begin = time.perf_counter()
     for number, prompt in enumerate(prompts):
-        output = _decode_one(target, drafter, prompt, settings, number, result)
-        result.outputs.append(output[: settings.max_new_tokens])
+        output, accepted = _decode_one(target, drafter, prompt, settings, number)
+        result.add_prompt(output[: settings.max_new_tokens], accepted)
     result.seconds = time.perf_counter() - begin
     result.num_target_forwards = target.num_forwards - first_forward
     result.num_tokens = sum(map(len, result.outputs))
@@ -206,15 +223,16 @@ def _decode_one(
     prompt: Tensor,
     settings: DecodingSettings,
     number: int,
-    result: Acceptance,
-) -> list[int]:
-    """Decode one prompt, adding its verify steps to `result`; may overshoot max_new_tokens."""
+) -> tuple[list[int], list[int]]:
+    """Decode one prompt; return its output, which may overshoot max_new_tokens, and the accepted
+    tokens of each verify step."""
     sampler = _sampler(settings, number, target)
     drafter.start()
     target.start(drafter.aux_layer_ids)
     logits, aux = target.forward(prompt)
     known = torch.cat([prompt, sampler.draw(sampler.probabilities(logits[-1:]))])
     output = known[len(prompt) :].tolist()
+    accepted = []
     while len(output) < settings.max_new_tokens and output[-1] not in target.eos_token_ids:
         proposal = drafter.propose(known, aux, num_tokens=settings.chain_length, sampler=sampler)
         logits, aux = target.forward(torch.cat([known[-1:], proposal.token_ids]))
@@ -228,10 +246,8 @@ def _decode_one(
         gained = gained[: ends[0] + 1] if ends else gained
         known = torch.cat([known, known.new_tensor(gained)])
         output += gained
-        result.num_steps += 1
-        for place in range(len(gained) - 1):
-            result.num_reached[place] += 1
-    return output
+        accepted.append(len(gained) - 1)
+    return output, accepted
 
 
 def looping_share(outputs: Sequence[Sequence[int]]) -> float:

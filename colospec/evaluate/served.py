@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import IO, Any
 
 from colospec.engine.sglang_serving import ServingJob
@@ -108,10 +107,7 @@ def _run(line: dict[str, Any], job: ServingJob) -> ServedRun:
         output, accepted = count_steps(
             request, eos_token_ids=frozenset(job.eos_token_ids), num_proposed=num_proposed
         )
-        result.outputs.append(output)
-        result.num_steps += len(accepted)
-        for place in chain.from_iterable(map(range, accepted)):
-            result.num_reached[place] += 1
+        result.add_prompt(output, accepted)
     result.num_tokens, result.seconds = line["num_timed_tokens"], line["seconds"]
     return ServedRun(line["batch_size"], result)
 

@@ -141,7 +141,13 @@ class Probe:
         draft's simulated length."""
         job, device = self._job, self._world.device
         export_draft(
-            state, self._directory, config=job.run.draft, target=job.target, facts=self._facts
+            state,
+            self._directory,
+            config=job.run.draft,
+            target=job.target,
+            facts=self._facts,
+            format=job.run.export.format,
+            dtype=getattr(torch, job.run.export.dtype.value),
         )
         model = self._load(draft)
         decoder = CapturedDecoder(

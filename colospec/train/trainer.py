@@ -112,7 +112,7 @@ class Trainer:
                 Path(warm_start),
                 job.target,
                 vocab=job.run.trainer.init_vocab,
-                token_counts=job.dataset.token_counts,
+                token_counts=job.token_counts,
             )
         return draft
 

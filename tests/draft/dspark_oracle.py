@@ -80,7 +80,7 @@ class Oracle(dflash_oracle.Oracle):
                     )
                     loss = loss + config.confidence_weight * error
                     add("confidence", error, weight)
-                    add("confidence_error", abs(float(sure.sigmoid()) - accepted), weight)
+                    add("confidence_error", abs(float(sure.detach().sigmoid()) - accepted), weight)
                 total = total + weight * loss
                 add("loss", loss, weight)
                 add("cross_entropy", ce, weight)

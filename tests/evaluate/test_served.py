@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import time
@@ -13,21 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from colospec.checkpoint.export import export_draft
-from colospec.config import DraftConfig
-from colospec.draft import registry
-from colospec.draft.base import DraftModel
-from colospec.draft.dflash.config import DFlashConfig
-from colospec.draft.eagle3.config import Eagle3Config
 from colospec.engine.sglang_serving import ServingJob
-from colospec.evaluate import __main__ as command
-from colospec.evaluate import served, through
-from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
-from colospec.evaluate.drafters import GreedyProposals
-from colospec.evaluate.sampling import Sampler
+from colospec.evaluate import served
+from colospec.evaluate.acceptance import (
+    DecodingSettings,
+    decode_plain,
+    decode_speculatively,
+)
 from colospec.evaluate.served import count_steps, serve
-from colospec.evaluate.through import arguments_of, check_machine
-from colospec.target import Target
 from tests.engine import targets
 from tests.evaluate.models import TargetAsDrafter, Untrained, make_untrained, random_prompts
 
@@ -124,93 +116,6 @@ def test_our_loop_and_sglang_count_alike(untrained: Untrained, limit: int) -> No
             for place in range(number):
                 counts[place] += 1
     assert counts == real.num_reached
-
-
-def test_greedy_proposals_are_the_most_likely_tokens(untrained: Untrained) -> None:
-    (prompt,) = random_prompts(1, vocab_size=untrained.target.vocab_size, seed=3)
-    untrained.decoder.start(untrained.drafter.aux_layer_ids)
-    logits, aux = untrained.decoder.forward(prompt)
-    known = torch.cat([prompt, logits[-1:].argmax(-1)])
-    proposals = []
-    for drafter, temperature in (
-        (untrained.drafter, 0.0),
-        (GreedyProposals(untrained.drafter), 1.0),
-    ):
-        sampler = Sampler(temperature, seed=1, device=torch.device("cpu"))
-        drafter.start()
-        proposals.append(drafter.propose(known, aux, num_tokens=K, sampler=sampler))
-    assert torch.equal(proposals[0].token_ids, proposals[1].token_ids)
-    assert torch.equal(proposals[0].probabilities, proposals[1].probabilities)
-
-
-# --- what SGLang does not serve
-
-
-def exported(path: Path, target: Target, config: DraftConfig) -> tuple[DraftModel, Path]:
-    model = registry.build(config, target, token_counts=torch.rand(target.vocab_size))
-    export_draft(model.state_dict(), path, config=config, target=target, facts={})
-    return model, path
-
-
-def test_a_chain_is_served_at_any_length(untrained: Untrained, tmp_path: Path) -> None:
-    model, path = exported(tmp_path / "draft", untrained.target, Eagle3Config())
-
-    arguments = arguments_of(model, path, 4)
-
-    assert arguments["speculative_algorithm"] == "EAGLE3"
-    assert arguments["speculative_num_draft_tokens"] == 5
-    assert arguments["speculative_draft_model_path"] == str(path)
-
-
-def test_blocks_are_served_whole(untrained: Untrained, tmp_path: Path) -> None:
-    config = DFlashConfig(num_layers=1, block_size=4)
-    model, path = exported(tmp_path / "draft", untrained.target, config)
-
-    assert arguments_of(model, path, 3)["speculative_num_draft_tokens"] == 4
-    with pytest.raises(ValueError, match="--chain-length 3, not 2"):
-        arguments_of(model, path, 2)
-
-
-def test_a_draft_of_another_layout_is_named(untrained: Untrained, tmp_path: Path) -> None:
-    model, path = exported(tmp_path / "draft", untrained.target, Eagle3Config())
-    contents = json.loads((path / "config.json").read_text())
-    contents["architectures"] = ["SomethingElse"]
-    (path / "config.json").write_text(json.dumps(contents))
-
-    with pytest.raises(ValueError, match="architecture is SomethingElse"):
-        arguments_of(model, path, 4)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="wants a machine without a GPU")
-def test_without_a_gpu_the_command_says_what_it_needs(untrained: Untrained, tmp_path: Path) -> None:
-    words = ["--target", str(untrained.target.path), "--draft", str(tmp_path)]
-    with pytest.raises(SystemExit, match=r"needs a CUDA GPU .* device is cpu; --through loop"):
-        command.main([*words, "--prompts", str(tmp_path), "--through", "sglang"])
-
-
-def pretend_hopper(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(through, "check_installation", lambda: version)
-
-
-def test_a_float32_target_is_refused_before_it_is_loaded(
-    untrained: Untrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_hopper(monkeypatch, "0.5.17 (patched)")
-    cuda = torch.device("cuda")
-    with pytest.raises(ValueError, match=r"do not compute in torch.float32.* --dtype bfloat16"):
-        check_machine(Target.load(untrained.target.path), cuda)
-    check_machine(Target.load(untrained.target.path, dtype="bfloat16"), cuda)
-
-
-def test_another_version_is_refused_with_what_to_type(
-    untrained: Untrained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretend_hopper(monkeypatch, "0.5.16")
-    target = Target.load(untrained.target.path, dtype="bfloat16")
-    with pytest.raises(RuntimeError, match=r"0\.5\.16 is installed; pip install .*==0\.5\.17"):
-        check_machine(target, torch.device("cuda"))
 
 
 # --- the child process

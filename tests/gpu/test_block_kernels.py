@@ -48,6 +48,7 @@ def some_lengths(count, longest):
     [
         (16, 512, None, (8, 2), 128, BF16),
         (16, 512, 300, (8, 2), 128, BF16),
+        (1, 400, 5000, (8, 2), 128, BF16),
         (8, 20, 60, (4, 4), 64, BF16),
         (7, 400, None, (6, 2), 96, BF16),
         (150, 9, 2, (20, 1), 16, BF16),
@@ -156,6 +157,17 @@ def test_norm_and_rotation_of_heads(seed, num_heads, size, half):
     call(norm)(states).square().sum().backward()
     call(exact)(states.double()).square().sum().backward()
     assert error(norm.weight.grad, exact.weight.grad) < 2 * ROUNDINGS
+
+
+def test_windows_of_all_lengths_share_their_kernels():
+    blocks = make_blocks([200], size=3, num_anchors=40).to(torch.device("cuda"))
+    leaves = make_leaves(blocks, (4, 2), 64, BF16, device="cuda")
+    backward(attend(blocks, 1), leaves)
+    before = compiled()
+    for window in (2, 16, 300, 4096):
+        backward(attend(blocks, window), leaves)
+
+    assert compiled() == before
 
 
 def compiled():

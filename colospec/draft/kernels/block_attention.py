@@ -63,7 +63,7 @@ def attend(
         tile = fit(FORWARD, query)
         _forward_kernel[grid(query, context[0], reach, tile)](
             query, *context, *block, reach.starts, reach.ends, out, norm, len(reach.ends),
-            keys=tile.keys, **settings(query, context[0], reach, tile),
+            reach.window, keys=tile.keys, **settings(query, context[0], reach, tile),
         )  # fmt: skip
     return out, norm
 
@@ -88,7 +88,7 @@ def settings(query: Tensor, key: Tensor, reach: Reach, tile: Tile) -> dict[str, 
         "head_dim": head_dim,
         "group": group,
         "size": reach.size,
-        "window": reach.window,
+        "sliding": reach.window > 0,
         "slots": _slots(tile, group),
         "heads": triton.next_power_of_2(group),
         "width": max(16, triton.next_power_of_2(head_dim)),
@@ -162,13 +162,13 @@ def load_rows(
 @triton.jit
 def seen_by(
     starts: tl.tensor, ends: tl.tensor, slot: tl.tensor, inside: tl.tensor, size: tl.constexpr,
-    window: tl.constexpr,
+    window: tl.tensor, sliding: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
     """Return the first context row that slots see, and one past the last; none where not
     `inside`."""
     low = tl.load(starts + slot // size, mask=inside, other=0).to(tl.int32)
     high = tl.load(ends + slot // size, mask=inside, other=0).to(tl.int32)
-    if window > 0:
+    if sliding:
         low = tl.maximum(low, high + slot % size + 1 - window)
     return low, high
 
@@ -176,12 +176,12 @@ def seen_by(
 @triton.jit
 def run_of(
     starts: tl.tensor, ends: tl.tensor, first: tl.tensor, limit: tl.tensor, size: tl.constexpr,
-    window: tl.constexpr, keys: tl.constexpr,
+    window: tl.tensor, sliding: tl.constexpr, keys: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
     """Return the run of context rows that slots first..limit see, in tiles of `keys`: first row,
     one past the last, number of tiles, and which of them all slots see: the first, and how many."""
-    low, full_end = seen_by(starts, ends, first, first < limit, size, window)
-    full_start, high = seen_by(starts, ends, limit - 1, first < limit, size, window)
+    low, full_end = seen_by(starts, ends, first, first < limit, size, window, sliding)
+    full_start, high = seen_by(starts, ends, limit - 1, first < limit, size, window, sliding)
     count = (tl.maximum(high - low, 0) + keys - 1) // keys
     before = (tl.maximum(full_start - low, 0) + keys - 1) // keys
     whole = tl.maximum(full_end - low - before * keys, 0) // keys
@@ -190,11 +190,11 @@ def run_of(
 
 @triton.jit
 def own_visible(
-    slot: tl.tensor, other: tl.tensor, size: tl.constexpr, window: tl.constexpr
+    slot: tl.tensor, other: tl.tensor, size: tl.constexpr, window: tl.tensor, sliding: tl.constexpr
 ) -> tl.tensor:
     """Whether `slot` sees `other`, both broadcastable, by their blocks."""
     visible = slot // size == other // size
-    if window > 0:
+    if sliding:
         visible = visible & (other <= slot) & (other > slot - window)
     return visible
 
@@ -216,7 +216,7 @@ def _fold(
     return total, mass, higher
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "window"])
 def _forward_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -228,13 +228,14 @@ def _forward_kernel(
     out: tl.tensor,
     norm: tl.tensor,
     num_blocks: tl.tensor,
+    window: tl.tensor,
     scale: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     group: tl.constexpr,
     size: tl.constexpr,
-    window: tl.constexpr,
+    sliding: tl.constexpr,
     slots: tl.constexpr,
     keys: tl.constexpr,
     heads: tl.constexpr,
@@ -245,8 +246,10 @@ def _forward_kernel(
     slot, head, inside = rows_of(first, limit, slots, heads, group)
     row = slot.to(tl.int64) * num_heads + kv_head * group + head
     q = load_rows(query, row * head_dim, inside, True, head_dim, width)
-    low, high = seen_by(starts, ends, slot, inside, size, window)
-    start, end, count, before, whole = run_of(starts, ends, first, limit, size, window, keys)
+    low, high = seen_by(starts, ends, slot, inside, size, window, sliding)
+    start, end, count, before, whole = run_of(
+        starts, ends, first, limit, size, window, sliding, keys
+    )
     # Low enough for any score, and not so low that a difference is not a number.
     top = tl.full([slots * heads], -1e30, tl.float32)
     mass = tl.zeros([slots * heads], tl.float32)
@@ -274,7 +277,9 @@ def _forward_kernel(
         at = (other.to(tl.int64) * num_kv_heads + kv_head) * head_dim
         k = load_rows(own_key, at, exists, True, head_dim, width)
         v = load_rows(own_value, at, exists, True, head_dim, width)
-        visible = own_visible(slot[:, None], other[None, :], size, window) & exists[None, :]
+        visible = (
+            own_visible(slot[:, None], other[None, :], size, window, sliding) & exists[None, :]
+        )
         total, mass, top = _fold(q, k, v, visible, True, total, mass, top, scale)
 
     column = tl.arange(0, width)[None, :]

@@ -60,19 +60,20 @@ def attend_backward(
     tile = fit(QUERIES, query)
     _query_kernel[grid(query, key, reach, tile)](
         query, *context, *block, *tables, out, grad, norm, delta, grad_query, count,
-        keys=tile.keys, **settings(query, key, reach, tile),
+        reach.window, keys=tile.keys, **settings(query, key, reach, tile),
     )  # fmt: skip
     tile = fit(OWN, query)
     _own_kernel[grid(query, key, reach, tile)](
-        query, *block, grad, norm, delta, *own_grads, count, **settings(query, key, reach, tile)
-    )
+        query, *block, grad, norm, delta, *own_grads, count, reach.window,
+        **settings(query, key, reach, tile),
+    )  # fmt: skip
     tile = fit(CONTEXT, query)
     tiles, heads = triton.cdiv(len(key), tile.keys), key.shape[1]
     shares = min(16, triton.cdiv(PROGRAMS, tiles * heads))
     parts = key.new_empty(2, shares, *key.shape, dtype=torch.float32)
     _context_kernel[tiles, heads, shares](
         query, *context, *tables, grad, norm, delta, *parts, count, len(key),
-        lanes=LANES, keys=tile.keys, **settings(query, key, reach, tile),
+        reach.window, lanes=LANES, keys=tile.keys, **settings(query, key, reach, tile),
     )  # fmt: skip
     grad_key, grad_value = parts.sum(1).to(key.dtype)
     return grad_query, grad_key, grad_value, *own_grads
@@ -110,7 +111,7 @@ def _weigh_keys(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "window"])
 def _query_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -125,13 +126,14 @@ def _query_kernel(
     deltas: tl.tensor,
     grad_query: tl.tensor,
     num_blocks: tl.tensor,
+    window: tl.tensor,
     scale: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     group: tl.constexpr,
     size: tl.constexpr,
-    window: tl.constexpr,
+    sliding: tl.constexpr,
     slots: tl.constexpr,
     keys: tl.constexpr,
     heads: tl.constexpr,
@@ -147,8 +149,10 @@ def _query_kernel(
     delta = tl.sum(grad.to(tl.float32) * said.to(tl.float32), 1)
     tl.store(deltas + row, delta, mask=inside)
     norm = tl.load(norms + row, mask=inside, other=0.0)
-    low, high = seen_by(starts, ends, slot, inside, size, window)
-    start, end, count, before, whole = run_of(starts, ends, first, limit, size, window, keys)
+    low, high = seen_by(starts, ends, slot, inside, size, window, sliding)
+    start, end, count, before, whole = run_of(
+        starts, ends, first, limit, size, window, sliding, keys
+    )
     total = tl.zeros([slots * heads, width], tl.float32)
     lane = tl.arange(0, keys)
 
@@ -175,7 +179,9 @@ def _query_kernel(
         at = (other.to(tl.int64) * num_kv_heads + kv_head) * head_dim
         k = load_rows(own_key, at, exists, True, head_dim, width)
         v = load_rows(own_value, at, exists, True, head_dim, width)
-        visible = own_visible(slot[:, None], other[None, :], size, window) & exists[None, :]
+        visible = (
+            own_visible(slot[:, None], other[None, :], size, window, sliding) & exists[None, :]
+        )
         slope = _weigh(q, k, v, grad, norm, delta, visible, True, scale)
         total = tl.dot(slope.to(k.dtype), k, total, input_precision="ieee")
 
@@ -187,7 +193,7 @@ def _query_kernel(
     tl.store(place, total.to(grad_query.dtype.element_ty), mask=mine)
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_context"])
+@triton.jit(do_not_specialize=["num_blocks", "num_context", "window"])
 def _context_kernel(
     query: tl.tensor,
     key: tl.tensor,
@@ -201,6 +207,7 @@ def _context_kernel(
     grad_value: tl.tensor,
     num_blocks: tl.tensor,
     num_context: tl.tensor,
+    window: tl.tensor,
     lanes: tl.constexpr,
     scale: tl.constexpr,
     num_heads: tl.constexpr,
@@ -208,7 +215,7 @@ def _context_kernel(
     head_dim: tl.constexpr,
     group: tl.constexpr,
     size: tl.constexpr,
-    window: tl.constexpr,
+    sliding: tl.constexpr,
     slots: tl.constexpr,
     keys: tl.constexpr,
     heads: tl.constexpr,
@@ -234,8 +241,8 @@ def _context_kernel(
     for number in range(0, num_blocks, lanes):
         block = number + tl.arange(0, lanes)
         known = block < num_blocks
-        low, high = seen_by(starts, ends, block * size, known, size, window)
-        last, _ = seen_by(starts, ends, block * size + size - 1, known, size, window)
+        low, high = seen_by(starts, ends, block * size, known, size, window, sliding)
+        last, _ = seen_by(starts, ends, block * size + size - 1, known, size, window, sliding)
         begin += tl.sum((known & (high <= first)).to(tl.int32), 0)
         whole_from += tl.sum((known & (high < first + keys)).to(tl.int32), 0)
         whole_to += tl.sum((known & (last <= first)).to(tl.int32), 0)
@@ -265,7 +272,7 @@ def _context_kernel(
         grad = load_rows(grads, row * head_dim, inside, True, head_dim, width)
         norm = tl.load(norms + row, mask=inside, other=0.0)
         delta = tl.load(deltas + row, mask=inside, other=0.0)
-        low, high = seen_by(starts, ends, slot, inside, size, window)
+        low, high = seen_by(starts, ends, slot, inside, size, window, sliding)
         visible = (place[:, None] >= low[None, :]) & (place[:, None] < high[None, :])
         total_key, total_value = _weigh_keys(
             q, k, v, grad, norm, delta, visible, True, scale, total_key, total_value
@@ -279,7 +286,7 @@ def _context_kernel(
     tl.store(grad_value + at[:, None] + column, total_value, mask=mine)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks", "window"])
 def _own_kernel(
     query: tl.tensor,
     own_key: tl.tensor,
@@ -290,13 +297,14 @@ def _own_kernel(
     grad_key: tl.tensor,
     grad_value: tl.tensor,
     num_blocks: tl.tensor,
+    window: tl.tensor,
     scale: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     group: tl.constexpr,
     size: tl.constexpr,
-    window: tl.constexpr,
+    sliding: tl.constexpr,
     slots: tl.constexpr,
     heads: tl.constexpr,
     width: tl.constexpr,
@@ -318,7 +326,7 @@ def _own_kernel(
         grad = load_rows(grads, row * head_dim, inside, True, head_dim, width)
         norm = tl.load(norms + row, mask=inside, other=0.0)
         delta = tl.load(deltas + row, mask=inside, other=0.0)
-        visible = own_visible(slot[None, :], other[:, None], size, window)
+        visible = own_visible(slot[None, :], other[:, None], size, window, sliding)
         total_key, total_value = _weigh_keys(
             q, k, v, grad, norm, delta, visible, True, scale, total_key, total_value
         )

@@ -37,6 +37,9 @@ from colospec.draft.rope import Rope
 from colospec.draft.vocab import build_vocab_mapping
 from colospec.target import Target
 
+ALL = 2**30
+"""A window wider than any document: a chain is causal, and sees all that is before it."""
+
 
 class LastState(KVCache):
     """The first layer's cache, and what the draft said at the last place that it has read."""
@@ -154,8 +157,6 @@ class PEagle(BlockDraft):
         hidden = torch.cat([first, self._mask_state(masks)])
         embeds = torch.cat([self._embed(places.token_ids), self._mask_embeds(masks)])
         borders = places.borders
-        # Wider than any document: causal within the chain, and all that is before it.
-        window = int(borders[-1]) + self.config.num_depths
         documents = Documents(tuple(borders.tolist()), to_device(borders, first.device))
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -166,9 +167,7 @@ class PEagle(BlockDraft):
                 rows = chain.context
                 seen = keys[0].index_select(0, rows), values[0].index_select(0, rows)
                 own = keys[number], values[number]
-                found.append(
-                    block_attention(queries[number], seen, own, chain.blocks, window=window)
-                )
+                found.append(block_attention(queries[number], seen, own, chain.blocks, window=ALL))
             return torch.cat(found)
 
         return self._run(embeds, hidden, places.position_ids, [attend] * len(self.layers))
