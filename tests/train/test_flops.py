@@ -97,5 +97,5 @@ def test_a_dflash_step_computes_what_its_valid_anchors_need_and_no_more():
         target, Drafted.of(blocks), num_layers=2,
         num_aux=len(draft.features(config, target).aux_layer_ids),
     )  # fmt: skip
-    assert 20 < len(anchors) < 4 * 20 + 1
+    assert 20 < len(anchors) <= 4 * 20 + 1
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.1)
