@@ -21,22 +21,31 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def demo_table(results: Path) -> str:
     """Real and simulated acceptance length of the demo's drafters."""
-    result = json.loads((results / "demo-cpu.json").read_text())
     lines = [
-        "| drafter | simulated | real, greedy | real, sampled at T = 1 | target forwards saved |",
-        "|---|---|---|---|---|",
+        "| draft | drafter | simulated | real, greedy | real, sampled at T = 1 "
+        "| target forwards saved |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, one in result["drafters"].items():
-        greedy, sampled = one["greedy"], one["sampled"]
-        lines.append(
-            f"| {name} | {one['simulated']['acceptance_length']:.2f} "
-            f"| {greedy['acceptance_length']:.2f} | {sampled['acceptance_length']:.2f} "
-            f"| {greedy['target_forwards_saved']:.0%} |"
-        )
+    # The table of bigrams depends on the target alone, and is shown once.
+    files = sorted(results.glob("demo-*-cpu.json"))
+    for file in files:
+        result = json.loads(file.read_text())
+        algorithm = file.name.split("-")[1]
+        for name, one in result["drafters"].items():
+            if name == "bigram table" and file is not files[-1]:
+                continue
+            greedy, sampled = one["greedy"], one["sampled"]
+            lines.append(
+                f"| {algorithm if name != 'bigram table' else '-'} | {name} "
+                f"| {one['simulated']['acceptance_length']:.2f} "
+                f"| {greedy['acceptance_length']:.2f} | {sampled['acceptance_length']:.2f} "
+                f"| {greedy['target_forwards_saved']:.0%} |"
+            )
     loops = result["plain_looping_share"]
     note = (
-        f"\n`make demo`, {_machine(result)}: acceptance length with the bonus token, "
-        f"{result['num_prompts']} held-out prompts, {loops:.0%} of the target's outputs loop."
+        f"\n`make demo` and `make demo draft=dflash`, {_machine(result)}: acceptance length with the "
+        f"bonus token, {result['num_prompts']} held-out prompts, {loops:.0%} of the target's outputs "
+        "loop."
     )
     return "\n".join(lines) + "\n" + note
 
@@ -243,6 +252,7 @@ def draw(text: str, results: Path = RESULTS) -> str:
 def keep_demo(run_dir: Path) -> None:
     """Copy a demo's report into the results, with where it comes from."""
     run = json.loads((run_dir / "run.json").read_text())
+    algorithm = run["config"]["draft"]["algorithm"]
     git = run["git"] or {"sha": "unknown", "dirty": True}
     report = {
         "benchmark": "demo",
@@ -254,10 +264,10 @@ def keep_demo(run_dir: Path) -> None:
             "python": run["python"],
         },
         "commit": git["sha"][:7] + ("-dirty" if git["dirty"] else ""),
-        "command": "make demo",
+        "command": f"make demo draft={algorithm}",
         **json.loads((run_dir / "report.json").read_text()),
     }
-    (RESULTS / "demo-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    (RESULTS / f"demo-{algorithm}-cpu.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _machine(result: dict) -> str:
