@@ -43,9 +43,9 @@ def demo_table(results: Path) -> str:
             )
     loops = result["plain_looping_share"]
     note = (
-        f"\n`make demo` and `make demo draft=dflash`, {_machine(result)}: acceptance length with the "
-        f"bonus token, {result['num_prompts']} held-out prompts, {loops:.0%} of the target's outputs "
-        "loop."
+        f"\n`make demo` and `make demo draft=dflash`, {_machine(result)}: acceptance length with "
+        f"the bonus token, {result['num_prompts']} held-out prompts, {loops:.0%} of the target's "
+        "outputs loop."
     )
     return "\n".join(lines) + "\n" + note
 
