@@ -1,12 +1,15 @@
 """The quality benchmark: its target is a Qwen3, its sampler samples, and its sums are sums."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
+import uuid
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ import torch
 from colospec.evaluate.acceptance import Acceptance, Divergence, PlainOutput
 from colospec.evaluate.compare import Comparison, DrafterReport
 from colospec.evaluate.simulate import Simulation
+from colospec.mps.errors import MpsError
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -144,6 +148,43 @@ def test_what_is_not_measured_at_the_deadline_is_left_out_from_the_first_such_pa
         assert time.monotonic() - began < 10
         release.set()
         assert quality_eval._until(time.monotonic() + 30, parts) == [1, True, 3]
+
+
+def test_processes_that_share_a_gpu_get_a_daemon_that_ends_with_the_measurement(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality_eval
+
+    stopped = []
+    pipe, device = Path(f"/run/{uuid.uuid4()}"), torch.device("cuda")
+    gpus = [SimpleNamespace(uuid="GPU-7"), SimpleNamespace(uuid="GPU-8")]
+    monkeypatch.setattr(quality_eval, "visible", lambda: gpus)
+    monkeypatch.setattr(quality_eval, "stop_all_of", stopped.append)
+    started = []
+
+    def start(owner, gpus):
+        started.append((owner, gpus))
+        return SimpleNamespace(pipe=pipe)
+
+    monkeypatch.setattr(quality_eval, "start_keeper", start)
+    with quality_eval._sharing(device) as environment:
+        assert environment == {
+            "CUDA_MPS_PIPE_DIRECTORY": str(pipe), "CUDA_VISIBLE_DEVICES": "GPU-7",
+        }  # fmt: skip
+        assert not stopped
+    assert (started, stopped) == ([(os.getpid(), "GPU-7")], [os.getpid()])
+
+
+def test_without_mps_the_processes_share_the_gpu_all_the_same(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality_eval
+
+    def missing():
+        raise MpsError("no nvidia-smi here")
+
+    monkeypatch.setattr(quality_eval, "visible", missing)
+    with quality_eval._sharing(torch.device("cuda")) as environment:
+        assert environment == {}
+    assert "without MPS: no nvidia-smi here" in capsys.readouterr().out
 
 
 def test_a_measurement_that_fails_is_told_and_tried_again_by_the_next_run(
