@@ -6,8 +6,9 @@
 The phases: text (files of this machine, some held out; a tokenizer), target (a Qwen3 of about 100
 million parameters), samples (what the target writes at temperature 0.7 behind the first tokens of
 training files), one training job per draft on the same samples and as many tokens, and the
-measurements: the reference loop on held-out prompts, beside an untrained draft and a bigram table,
-then SGLang. A phase whose results are in DIR is not run again, so an interrupted bench goes on.
+measurements: the reference loop on held-out prompts, beside untrained drafts and a bigram table,
+then SGLang, draft by draft. A phase whose results are in DIR is not run again, so an interrupted
+bench goes on; a measurement that fails is told, and left out of the record.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ import quality_text
 import torch
 from bench_colocate import versions
 from bench_ring import RESULTS, commit, machine
-from quality_target import Model, Shape, held_out_loss, sample, train
+from quality_sizes import FULL, TINY, Sizes
+from quality_target import Model, held_out_loss, sample, train
 
 from colospec.data.encode import load_tokenizer
 from colospec.evaluate.acceptance import DecodingSettings
@@ -40,71 +42,10 @@ from colospec.evaluate.prompts import read_prompts
 from colospec.log import console, to_console
 
 BIGRAM_ROWS = 8192
-MIN_SERVED_S = 60.0
+SERVED_S = 70.0
+MIN_SERVED_S = 50.0
+LAST_SHARE = 0.1
 TEMPERATURE = 0.7
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything; `*_s` are budgets in seconds. `total_s` bounds the whole: what SGLang
-    serves is left out where it does not suffice."""
-
-    shape: Shape
-    text_bytes: int
-    tokenizer_bytes: int
-    target_s: float
-    window: int
-    batch: int
-    samples_s: float
-    sample_batch: int
-    sample_tokens: int
-    prompt_tokens: int
-    draft_steps: int
-    token_budget: int
-    overrides: dict[str, tuple[str, ...]]
-    num_prompts: int
-    served_prompts: int
-    max_new_tokens: int
-    chain_length: int
-    total_s: float
-
-    def scaled(self, share: float) -> Sizes:
-        """Return the sizes of a run that is `share` as long."""
-        return replace(
-            self,
-            target_s=self.target_s * share,
-            samples_s=self.samples_s * share,
-            draft_steps=max(1, round(self.draft_steps * share)),
-        )
-
-
-FULL = Sizes(
-    shape=Shape(16384, 768, 2560, 12, 12, 4, 64),
-    text_bytes=160_000_000, tokenizer_bytes=24_000_000,
-    target_s=50.0, window=1024, batch=32,
-    samples_s=12.0, sample_batch=4096, sample_tokens=512, prompt_tokens=64,
-    draft_steps=1500, token_budget=4096,
-    overrides={
-        "eagle3": ("trainer.lr=1e-3", "draft.draft_vocab_size=null"),
-        "dflash": (
-            "trainer.lr=1e-3", "draft.block_size=8", "draft.decay_gamma=4.0",
-            "draft.num_anchors=128", "trainer.max_grad_norm=1.0", "trainer.warmup_fraction=0.04",
-        ),
-    },
-    num_prompts=84, served_prompts=8, max_new_tokens=64, chain_length=7, total_s=375.0,
-)  # fmt: skip
-TINY = Sizes(
-    shape=Shape(1024, 64, 128, 4, 4, 2, 16),
-    text_bytes=2_000_000, tokenizer_bytes=500_000,
-    target_s=6.0, window=128, batch=8,
-    samples_s=3.0, sample_batch=32, sample_tokens=96, prompt_tokens=32,
-    draft_steps=20, token_budget=512,
-    overrides={
-        "eagle3": ("trainer.lr=3e-3", "draft.draft_vocab_size=null", "draft.ttt_length=3"),
-        "dflash": ("trainer.lr=3e-3", "draft.block_size=4", "draft.num_layers=2"),
-    },
-    num_prompts=4, served_prompts=2, max_new_tokens=16, chain_length=3, total_s=375.0,
-)  # fmt: skip
 
 
 class Bench:
@@ -113,9 +54,9 @@ class Bench:
     def __init__(self, work: Path, sizes: Sizes) -> None:
         self.work, self.sizes = work, sizes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.num_processes = min(24, max(1, len(os.sched_getaffinity(0)) // 2))
         work.mkdir(parents=True, exist_ok=True)
         self.begin, self.ended = time.monotonic(), 0.0
+        self.seconds: dict[str, float] = {}
         self.origin = self.phase("origin", origin)
 
     @property
@@ -133,7 +74,7 @@ class Bench:
         if file.is_file():
             self.tell(f"{name}: done before")
             facts = dict(json.loads(file.read_text()))
-            self.ended = max(self.ended, facts["ended"])
+            self.seconds[name], self.ended = facts["seconds"], max(self.ended, facts["ended"])
             return facts
         begin = time.monotonic()
         facts = run()
@@ -143,11 +84,21 @@ class Bench:
             torch.cuda.empty_cache()
         end = time.monotonic()
         facts |= {"seconds": round(end - begin, 1), "ended": round(end - self.begin, 1)}
-        self.ended = max(self.ended, facts["ended"])
-        file.write_text(json.dumps(facts))
+        self.seconds[name], self.ended = facts["seconds"], max(self.ended, facts["ended"])
+        if "skipped" not in facts:
+            file.write_text(json.dumps(facts))
         shown = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
         self.tell(f"{name}: {shown}")
         return facts
+
+    def measured(self, name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run a phase on which no other builds; where it fails, return {"skipped": reason}."""
+        try:
+            return self.phase(name, run)
+        except Exception as error:
+            traceback.print_exc()
+            self.tell(f"{name}: failed: {error}")
+            return {"skipped": str(error)[:300]}
 
     def text(self) -> dict[str, Any]:
         """Collect the text, train the tokenizer, keep all tokens."""
@@ -202,20 +153,24 @@ class Bench:
         tokenizer, model = load_tokenizer(self.work / "target"), self._load()
         torch.manual_seed(3)
         rows: list[list[int]] = []
-        begin = time.monotonic()
-        while not rows or time.monotonic() - begin < sizes.samples_s:
+        begin, longest, total = time.monotonic(), 0.0, 0
+        while total < sizes.draft_tokens:
+            first = time.monotonic()
+            if rows and first - begin + longest / 2 > sizes.samples_s:
+                break
             prompts = quality_text.windows(
                 tokens, sizes.sample_batch, sizes.prompt_tokens, seed=len(rows)
             )
             drawn = sample(model, prompts, length=sizes.sample_tokens, temperature=TEMPERATURE)
             rows += [_until_end(row, sizes.prompt_tokens) for row in drawn.tolist()]
-            self.tell(f"samples: {sum(map(len, rows)):,} tokens")
+            total, longest = sum(map(len, rows)), max(longest, time.monotonic() - first)
+            self.tell(f"samples: {total:,} tokens")
         self._write_rows("train.jsonl", rows, tokenizer)
         texts = [torch.tensor(row) for row in rows[:BIGRAM_ROWS]]
         pairs = [(row, torch.ones(len(row), dtype=torch.bool)) for row in texts]
         table = most_frequent_successors(pairs, vocab_size=sizes.shape.vocab_size)
         torch.save(table, self.work / "successors.pt")
-        return {"rows": len(rows), "tokens": sum(map(len, rows)), "temperature": TEMPERATURE}
+        return {"rows": len(rows), "tokens": total, "temperature": TEMPERATURE}
 
     def draft(self, name: str) -> dict[str, Any]:
         """Train a draft in a colocated job of its own."""
@@ -239,35 +194,40 @@ class Bench:
             print(*log.read_text().splitlines()[-30:], sep="\n")
             raise RuntimeError(f"training {name} ended with exit code {done.returncode}")
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        curve = [json.loads(line) for line in lines]
-        curve = [row for row in curve if "train/loss" in row]
+        rows = [row for row in map(json.loads, lines) if "train/loss" in row]
         return {
             "steps": sizes.draft_steps,
-            "tokens": sizes.draft_steps * sizes.token_budget,
+            "tokens": sizes.draft_tokens,
             "settings": list(sizes.overrides[name]),
-            "train_loss": curve[-1]["train/loss"],
-            "train_simulated": curve[-1]["train/simulated_acceptance_length"],
-            "curve": [_short(row) for row in curve],
+            **_trained(rows),
+            "curve": [_short(row) for row in rows],
         }
 
-    def reference(self, name: str) -> dict[str, Any]:
-        """Measure a draft by the reference loop."""
+    def reference(self) -> dict[str, Any]:
+        """Measure all drafts by the reference loop."""
         sizes, tokens = self.sizes, torch.load(self.work / "tokens.pt")["held_out"]
         prompts = read_prompts(
             self.work / "held_out.jsonl", load_tokenizer(self.work / "target"),
             num_prompts=sizes.num_prompts, prompt_tokens=sizes.prompt_tokens,
         )  # fmt: skip
-        comparison = quality_eval.measure(
-            self.work / "target", self.work / f"run-{name}" / "export",
-            successors=torch.load(self.work / "successors.pt"), prompts=prompts,
-            texts=list(quality_text.windows(tokens, sizes.num_prompts, 256, seed=4)),
-            settings=self._decoding(1.0), num_processes=self.num_processes,
+        work = quality_eval.Work(
+            self.work / "target",
+            {name: self.work / f"run-{name}" / "export" for name in sizes.overrides},
+            torch.load(self.work / "successors.pt"), list(prompts), self._decoding(1.0),
+            self.device,
         )  # fmt: skip
-        console.print(f"{name}:", comparison.table())
-        return comparison.to_dict()
+        found = quality_eval.measure(
+            work, texts=list(quality_text.windows(tokens, sizes.loss_texts, 256, seed=4)),
+            num_processes=sizes.num_processes,
+            limit_s=min(sizes.reference_s, self.left - len(sizes.overrides) * SERVED_S),
+        )  # fmt: skip
+        for name, comparison in found.items():
+            console.print(f"{name}:", comparison.table())
+        return {name: comparison.to_dict() for name, comparison in found.items()}
 
-    def served(self, name: str) -> dict[str, Any]:
-        """Measure a draft through SGLang, greedily, on some of the prompts."""
+    def served(self, name: str, *, num_waiting: int) -> dict[str, Any]:
+        """Measure a draft through SGLang, greedily, on some of the prompts; leave time for those
+        that wait."""
         sizes, left = self.sizes, self.left
         if left < MIN_SERVED_S:
             return {"skipped": f"{left:.0f} of {sizes.total_s:.0f} s are left"}
@@ -275,31 +235,25 @@ class Bench:
             self.work / "target", self.work / f"run-{name}" / "export",
             self.work / "held_out.jsonl", settings=self._decoding(0.0),
             num_prompts=sizes.served_prompts, prompt_tokens=sizes.prompt_tokens,
-            out=self.work / f"sglang-report-{name}.json", limit_s=left,
+            out=self.work / f"sglang-report-{name}.json",
+            limit_s=max(left - SERVED_S * num_waiting, MIN_SERVED_S),
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
-        """Run all phases; return the record."""
+        """Run all phases; return the record. One at a time: each has the machine to itself."""
         facts = {
             "text": self.phase("text", self.text),
             "target": self.phase("target", self.target),
             "samples": self.phase("samples", self.samples),
         }
-        drafts: dict[str, dict[str, Any]] = {}
-        # The reference loop needs no GPU, and half of the cores: it runs beside what comes next.
-        with ThreadPoolExecutor(1) as pool:
-            waiting = {}
-            for name in self.sizes.overrides:
-                drafts[name] = self.phase(f"draft-{name}", lambda name=name: self.draft(name))
-                waiting[name] = pool.submit(
-                    self.phase, f"reference-{name}", lambda name=name: self.reference(name)
-                )
-            for name in drafts:
-                served = self.phase(f"sglang-{name}", lambda name=name: self.served(name))
-                drafts[name]["sglang"] = served
-            for name, future in waiting.items():
-                drafts[name]["reference"] = future.result()
-        return {**facts, "drafts": drafts}
+        names = list(self.sizes.overrides)
+        drafts = {name: self.phase(f"draft-{name}", partial(self.draft, name)) for name in names}
+        reference = self.measured("reference", self.reference)
+        for number, name in enumerate(names, start=1):
+            served = partial(self.served, name, num_waiting=len(names) - number)
+            drafts[name]["reference"] = reference.get(name, reference)
+            drafts[name]["sglang"] = self.measured(f"sglang-{name}", served)
+        return {**facts, "drafts": drafts, "phases": self.seconds}
 
     def _decoding(self, temperature: float) -> DecodingSettings:
         sizes = self.sizes
@@ -338,6 +292,23 @@ def origin() -> dict[str, Any]:
 def _until_end(row: list[int], prompt_tokens: int) -> list[int]:
     """Cut a sample behind the first end token (0) that the target wrote."""
     return row[: row.index(0, prompt_tokens) + 1] if 0 in row[prompt_tokens:] else row
+
+
+def _trained(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """Return how a draft's training ended, the mean of its last steps, and how fast it was."""
+    last = rows[-max(1, round(LAST_SHARE * len(rows))) :]
+
+    def mean(name: str) -> float:
+        return sum(row[name] for row in last) / len(last)
+
+    places = sum(name.startswith("train/acc_") for name in last[0])
+    return {
+        "train_loss": mean("train/loss"),
+        "train_simulated": mean("train/simulated_acceptance_length"),
+        "train_accuracies": [mean(f"train/acc_{place}") for place in range(places)],
+        "tokens_per_s": mean("perf/tokens_per_s"),
+        "loss_tokens_per_step": mean("perf/loss_tokens_per_step"),
+    }
 
 
 def _short(row: dict[str, float]) -> dict[str, float]:

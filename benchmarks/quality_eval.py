@@ -1,18 +1,23 @@
 """How good the drafts of bench_quality.py are: by the reference loop, and through SGLang.
 
-The reference loop decodes one sequence at a time, so the prompts are dealt out to processes of one
-core each, and what they counted is added up. It runs in float32, where no two logits tie.
+The reference loop decodes one sequence at a time, and its time goes into starting kernels. So the
+prompts are dealt out, two by two, to processes that share the GPU through MPS, and what they
+counted is added up. It runs in float32, where no two logits tie.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
@@ -27,53 +32,83 @@ from colospec.engine.base import open_engine
 from colospec.evaluate.acceptance import Acceptance, DecodingSettings, PlainOutput
 from colospec.evaluate.compare import Comparison, DrafterReport, compare, held_out_loss
 from colospec.evaluate.decoder import TargetDecoder
-from colospec.evaluate.drafters import BigramDrafter, open_drafter
+from colospec.evaluate.drafters import BigramDrafter, Drafter, open_drafter
 from colospec.evaluate.simulate import Simulation
+from colospec.mps.control import PIPE_VARIABLE
+from colospec.mps.errors import MpsError
+from colospec.mps.gpus import VISIBLE_VARIABLE, uuid_list, visible
+from colospec.mps.start import start_keeper, stop_all_of
 from colospec.target import Target
 
 CPU = torch.device("cpu")
 BIGRAM = "bigram table"
+TRAINED, UNTRAINED = "trained draft", "untrained draft"
+CHUNK = 2
+LOSS_THREADS = 4
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one process does: `prompts` [n] each; `texts` [n] each for the held-out loss."""
+    """What is measured: the drafts in `exports`, by name, on `prompts` [n] each."""
 
     target: Path
-    export: Path
+    exports: dict[str, Path]
     successors: Tensor
     prompts: list[Tensor]
-    texts: list[Tensor]
     settings: DecodingSettings
+    device: torch.device
+
+    def chunks(self) -> list[Work]:
+        """Return the work in parts of a few prompts, each with random numbers of its own."""
+        return [
+            replace(
+                self,
+                prompts=self.prompts[first : first + CHUNK],
+                settings=replace(self.settings, seed=self.settings.seed + first),
+            )
+            for first in range(0, len(self.prompts), CHUNK)
+        ]
 
 
 def measure(
-    target: Path,
-    export: Path,
-    *,
-    successors: Tensor,
-    prompts: Sequence[Tensor],
-    texts: Sequence[Tensor],
-    settings: DecodingSettings,
-    num_processes: int,
-) -> Comparison:
-    """Compare the draft in `export`, an untrained one and the bigram table on `prompts`."""
-    work = [
-        Work(
-            target, export, successors, list(prompts[number::num_processes]),
-            list(texts[number::num_processes]), replace(settings, seed=settings.seed + number),
-        )
-        for number in range(min(num_processes, len(prompts), len(texts)))
-    ]  # fmt: skip
-    if len(work) == 1:
-        return _measure(work[0])
+    work: Work, *, texts: Sequence[Tensor], num_processes: int, limit_s: float
+) -> dict[str, Comparison]:
+    """Compare each draft, an untrained one of its kind and the bigram table on the same prompts.
+
+    `texts` [n] each give the held-out losses. What is not measured after `limit_s` seconds is left
+    out: prompts from the end of the list, or the losses. Raises RuntimeError where not even the
+    first prompts are done by then.
+    """
+    deadline = time.monotonic() + limit_s
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(work), context) as pool:
-        return merge(list(pool.map(_measure, work)))
+    with (
+        _sharing(work.device) as environment,
+        context.Pool(num_processes, _begin, (environment,)) as pool,
+    ):
+        pending = pool.apply_async(_losses, (work, list(texts)))
+        parts = _until(deadline, [pool.apply_async(_measure, (one,)) for one in work.chunks()])
+        losses = _until(deadline, [pending])
+    if not parts:
+        raise RuntimeError(f"the reference loop measured no {CHUNK} prompts in {limit_s:.0f} s")
+    return split(merge(parts), list(work.exports), losses[0] if losses else {})
+
+
+def split(
+    whole: Comparison, drafts: Sequence[str], losses: dict[str, float]
+) -> dict[str, Comparison]:
+    """Return the reports of each draft with its losses, and the bigram table beside each."""
+    parts = {}
+    for draft in drafts:
+        reports = {
+            kind: replace(whole.drafters[_name(draft, kind)], loss=losses.get(_name(draft, kind)))
+            for kind in (TRAINED, UNTRAINED)
+        }
+        parts[draft] = Comparison(whole.plain, {**reports, BIGRAM: whole.drafters[BIGRAM]})
+    return parts
 
 
 def merge(parts: Sequence[Comparison]) -> Comparison:
-    """Add up what was counted on different prompts; a loss is the mean of theirs."""
+    """Add up what was counted on different prompts."""
     plain = PlainOutput(
         outputs=[row for part in parts for row in part.plain.outputs],
         top2_gaps=[row for part in parts for row in part.plain.top2_gaps],
@@ -85,12 +120,10 @@ def merge(parts: Sequence[Comparison]) -> Comparison:
     for name in parts[0].drafters:
         some = [part.drafters[name] for part in parts]
         sampled = [one.sampled for one in some if one.sampled is not None]
-        losses = [one.loss for one in some if one.loss is not None]
         reports[name] = DrafterReport(
             simulation=_simulation([one.simulation for one in some]),
             greedy=_acceptance([one.greedy for one in some], sizes),
             sampled=_acceptance(sampled, sizes) if sampled else None,
-            loss=sum(losses) / len(losses) if losses else None,
         )
     return Comparison(plain, reports)
 
@@ -123,29 +156,91 @@ def through_sglang(
     return dict(json.loads(out.read_text()))
 
 
-def _measure(work: Work) -> Comparison:
+@contextmanager
+def _sharing(device: torch.device) -> Iterator[dict[str, str]]:
+    """Yield the environment in which processes share the GPU; its MPS daemon ends afterwards."""
+    if device.type != "cuda":
+        yield {}
+        return
+    try:
+        uuids = uuid_list(visible()[:1])
+        started = start_keeper(os.getpid(), gpus=uuids)
+        environment = {PIPE_VARIABLE: str(started.pipe), VISIBLE_VARIABLE: uuids}
+    except MpsError as error:
+        print(f"without MPS: {error}", flush=True)
+        environment = {}
+    try:
+        yield environment
+    finally:
+        try:
+            stop_all_of(os.getpid())
+        except MpsError as error:
+            print(error, flush=True)
+
+
+def _begin(environment: dict[str, str]) -> None:
+    """Prepare a process, before CUDA starts in it."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    target = Target.load(work.target, dtype="float32")
-    trained = load_draft(work.export, target)
+
+
+def _until(deadline: float, results: Sequence[AsyncResult[Any]]) -> list[Any]:
+    """Return the results up to the first that is not there at the deadline."""
+    done = []
+    for result in results:
+        try:
+            done.append(result.get(max(0.0, deadline - time.monotonic())))
+        except multiprocessing.TimeoutError:
+            break
+    return done
+
+
+def _measure(work: Work) -> Comparison:
+    target = _target(work.target)
+    drafters: dict[str, Drafter] = {}
+    for draft, export in work.exports.items():
+        for kind, model in _models(export, work.target).items():
+            drafters[_name(draft, kind)] = open_drafter(model.to(work.device), target)
+    drafters[BIGRAM] = BigramDrafter(work.successors.to(work.device))
+    return compare(_decoder(work.target, work.device), drafters, work.prompts, work.settings)
+
+
+def _losses(work: Work, texts: Sequence[Tensor]) -> dict[str, float]:
+    """Return the losses on held-out text, by draft and kind; on the CPU."""
+    torch.set_num_threads(min(LOSS_THREADS, os.cpu_count() or 1))
+    target, losses = _target(work.target), {}
+    for draft, export in work.exports.items():
+        models = _models(export, work.target)
+        engine = open_engine(
+            EngineConfig(name="hf"), target, registry.features(models[TRAINED].config, target),
+            weights=Weights.pretrained, trust_remote_code=False, device=CPU,
+            max_tokens=max(map(len, texts)), max_sequences=1,
+        )  # fmt: skip
+        for kind, model in models.items():
+            losses[_name(draft, kind)] = held_out_loss(model, engine, texts)
+    torch.set_num_threads(1)
+    return losses
+
+
+@cache
+def _target(path: Path) -> Target:
+    return Target.load(path, dtype="float32")
+
+
+@cache
+def _decoder(path: Path, device: torch.device) -> TargetDecoder:
+    return TargetDecoder(_target(path), device=device)
+
+
+@cache
+def _models(export: Path, target: Path) -> dict[str, DraftModel]:
+    trained = load_draft(export, _target(target))
     torch.manual_seed(1)
-    models = {"trained draft": trained, "untrained draft": trained.untrained(target)}
-    losses = _losses(models, target, work.texts)
-    drafters: dict[str, Any] = {name: open_drafter(m, target) for name, m in models.items()}
-    drafters[BIGRAM] = BigramDrafter(work.successors)
-    decoder = TargetDecoder(target, device=CPU)
-    return compare(decoder, drafters, work.prompts, work.settings, losses=losses)
+    return {TRAINED: trained, UNTRAINED: trained.untrained(_target(target))}
 
 
-def _losses(
-    models: dict[str, DraftModel], target: Target, texts: Sequence[Tensor]
-) -> dict[str, float]:
-    first = next(iter(models.values()))
-    engine = open_engine(
-        EngineConfig(name="hf"), target, registry.features(first.config, target),
-        weights=Weights.pretrained, trust_remote_code=False, device=CPU,
-        max_tokens=max(map(len, texts)), max_sequences=1,
-    )  # fmt: skip
-    return {name: held_out_loss(model, engine, texts) for name, model in models.items()}
+def _name(draft: str, kind: str) -> str:
+    return f"{draft}, {kind}"
 
 
 def _simulation(parts: Sequence[Simulation]) -> Simulation:

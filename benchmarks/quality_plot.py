@@ -36,7 +36,8 @@ def draw(record: dict[str, Any], image: Path) -> None:
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    _bars(length, record)
+    if all("drafters" in draft["reference"] for draft in record["drafts"].values()):
+        _bars(length, record)
     canvas = FigureCanvasSVG(figure)
     canvas.print_svg(str(image), metadata={"Date": None})
 

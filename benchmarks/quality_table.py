@@ -18,40 +18,50 @@ def quality_table(results: Path) -> str | None:
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, draft in result["drafts"].items():
-        for kind, one in draft["reference"]["drafters"].items():
-            if kind != "bigram table":
-                trained = kind == "trained draft"
-                cells = [str(draft["steps"] if trained else 0), *_cells(one)]
-                cells += _served(draft["sglang"]) if trained else ["-"] * 3
-                lines.append(f"| {name}{'' if trained else ', untrained'} | {' | '.join(cells)} |")
+        measured = draft["reference"].get("drafters", {})
+        for kind in ("trained draft", "untrained draft"):
+            trained = kind == "trained draft"
+            cells = [str(draft["steps"] if trained else 0), *_cells(measured.get(kind))]
+            cells += _served(draft["sglang"]) if trained else ["-"] * 3
+            lines.append(f"| {name}{'' if trained else ', untrained'} | {' | '.join(cells)} |")
     first = next(iter(result["drafts"].values()))
-    table = first["reference"]["drafters"]["bigram table"]
+    table = first["reference"].get("drafters", {}).get("bigram table")
     lines.append(f"| bigram table | - | {' | '.join(_cells(table))} | - | - | - |")
-    gaps = [
-        _gap(one["reference"]["drafters"]["trained draft"]) for one in result["drafts"].values()
-    ]
-    return "\n".join(lines) + "\n" + _note(result, gaps)
+    return "\n".join(lines) + "\n" + _note(result)
 
 
-def _note(result: dict, gaps: list[str]) -> str:
+def _note(result: dict) -> str:
     target, samples = result["target"], result["samples"]
     first = next(iter(result["drafts"].values()))
     sizes = [part / 1e6 for part in (target["parameters"], target["tokens"], samples["tokens"])]
-    loops = first["reference"]["plain_looping_share"]
     return (
         f"\nbenchmarks/bench_quality.py, one {result['machine']['gpu']}, "
         f"{result['seconds'] / 60:.0f} minutes in all, commit {result['commit']}: a target of "
         f"{sizes[0]:.0f} million parameters, trained for {target['train_s']:.0f} s on "
         f"{sizes[1]:.0f} million tokens of the machine's text; {sizes[2]:.0f} million tokens that "
         f"it wrote itself at T = {samples['temperature']:g}; both drafts read "
-        f"{first['tokens'] / 1e6:.0f} million. Acceptance length with the bonus token, "
-        f"{first['reference']['num_prompts']} prompts of held-out files; {loops:.0%} of the greedy "
-        f"outputs loop. Real, greedy, is {' and '.join(gaps)} off simulated. SGLang decodes "
+        f"{first['tokens'] / 1e6:.0f} million. {_measured(result['drafts'])}SGLang decodes "
         "greedily, some of the prompts; in brackets our loop on the same, in bfloat16."
     )
 
 
-def _cells(one: dict) -> list[str]:
+def _measured(drafts: dict[str, dict]) -> str:
+    """What the reference loop measured; nothing where it failed."""
+    references = [draft["reference"] for draft in drafts.values()]
+    if any("skipped" in one for one in references):
+        return ""
+    first = references[0]
+    gaps = " and ".join(_gap(one["drafters"]["trained draft"]) for one in references)
+    return (
+        f"Acceptance length with the bonus token, {first['num_prompts']} prompts of held-out "
+        f"files; {first['plain_looping_share']:.0%} of the greedy outputs loop. Real, greedy, is "
+        f"{gaps} off simulated. "
+    )
+
+
+def _cells(one: dict | None) -> list[str]:
+    if one is None:
+        return ["-"] * 4
     lengths = (one[key]["acceptance_length"] for key in ("simulated", "greedy", "sampled"))
     loss = "-" if one["loss"] is None else f"{one['loss']:.2f}"
     return [loss, *(f"{length:.2f}" for length in lengths)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 THETA = 10000.0
 EPS = 1e-6
@@ -225,7 +226,8 @@ def train(
             curve.append((step, round(loss.item(), 4)))
             tell(f"step {step}, loss {curve[-1][1]:.3f}")
         progress = (time.monotonic() - begin) / seconds
-    return {"steps": step, "tokens": step * batch * length, "curve": curve}
+    spent = round(time.monotonic() - begin, 1)
+    return {"steps": step, "tokens": step * batch * length, "train_s": spent, "curve": curve}
 
 
 @torch.no_grad()
@@ -253,11 +255,13 @@ def sample(model: Model, prompts: Tensor, *, length: int, temperature: float) ->
     known = prompts.shape[1]
     tokens[:, :known] = prompts.to(device)
     first = 0
-    for end in range(known, length):
-        states = model(tokens[:, first:end], cache, first)[:, -1]
-        odds = torch.softmax((states @ model.embed_tokens.weight.T).float() / temperature, -1)
-        tokens[:, end] = odds.div_(torch.empty_like(odds).exponential_()).argmax(-1)
-        first = end
+    # Not cuDNN's attention: it would build a plan for every length.
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        for end in range(known, length):
+            states = model(tokens[:, first:end], cache, first)[:, -1]
+            odds = torch.softmax((states @ model.embed_tokens.weight.T).float() / temperature, -1)
+            tokens[:, end] = odds.div_(torch.empty_like(odds).exponential_()).argmax(-1)
+            first = end
     return tokens.cpu()
 
 
