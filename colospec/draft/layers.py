@@ -1,4 +1,4 @@
-"""Which layers of the target a draft reads: what algorithms choose from."""
+"""What a draft reads of the target: which layers, and which token as a mask."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from colospec.target import Target
 
 def chosen_layers(wanted: Sequence[int], target: Target) -> tuple[int, ...]:
     """Return the aux layers that the user chose, ascending, which is the order in which inference
-    engines capture them. Raises ValueError for layers that the target does not have."""
+    engines capture them. Raises ValueError for none, for one that comes twice, and for layers that
+    the target does not have."""
+    if not wanted or len(set(wanted)) < len(wanted):
+        raise ValueError(
+            f"draft.aux_layer_ids={list(wanted)} must be one or more distinct layers; null takes "
+            "the default"
+        )
     if any(not 0 <= layer < target.num_layers for layer in wanted):
         raise ValueError(
             f"draft.aux_layer_ids={list(wanted)} names a layer outside the "
@@ -23,3 +29,19 @@ def spread_layers(number: int, target: Target) -> tuple[int, ...]:
     are too few."""
     last = min(max(target.num_layers - 2, number - 1), target.num_layers - 1)
     return tuple(sorted({last * i // max(1, number - 1) for i in range(number)}))
+
+
+def chosen_mask_token(wanted: int | None, target: Target) -> int:
+    """Return the token that stands for one to be drafted; the default is the last row of the
+    target's embedding, which most targets leave unused.
+
+    Raises ValueError for one that the embedding does not have.
+    """
+    if wanted is None:
+        return target.vocab_size - 1
+    if wanted >= target.vocab_size:
+        raise ValueError(
+            f"draft.mask_token_id={wanted} is not in the target's embedding of "
+            f"{target.vocab_size} tokens; null takes the last one"
+        )
+    return wanted
