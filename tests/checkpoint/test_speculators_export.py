@@ -341,6 +341,9 @@ def load_in_speculators(_rank, directory, inputs):
         config = SpeculatorModelConfig.from_pretrained(str(directory / name))
         config.transformer_layer_config._attn_implementation = "eager"
         model = SpeculatorModel.from_pretrained(str(directory / name), config=config)
+        # It takes the target's embedding only where its own is NaN, but transformers 5 has put
+        # uninitialized memory there.
+        model._load_verifier_weights(overwrite_embed_tokens=True)
         empty = [name for name, p in model.state_dict().items() if p.isnan().any()]
         model.save_pretrained(str(directory / f"{name}-theirs"))
         with torch.no_grad():
