@@ -9,13 +9,7 @@ from colospec.target import Target
 
 def chosen_layers(wanted: Sequence[int], target: Target) -> tuple[int, ...]:
     """Return the aux layers that the user chose, ascending, which is the order in which inference
-    engines capture them. Raises ValueError for none, for one that comes twice, and for layers that
-    the target does not have."""
-    if not wanted or len(set(wanted)) < len(wanted):
-        raise ValueError(
-            f"draft.aux_layer_ids={list(wanted)} must be one or more distinct layers; null takes "
-            "the default"
-        )
+    engines capture them. Raises ValueError for layers that the target does not have."""
     if any(not 0 <= layer < target.num_layers for layer in wanted):
         raise ValueError(
             f"draft.aux_layer_ids={list(wanted)} names a layer outside the "

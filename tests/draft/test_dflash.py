@@ -252,12 +252,6 @@ def test_default_aux_layers_are_the_published_ones_or_exist_and_differ(num_layer
     assert block_layers(DFlashConfig(), make_target(num_layers=num_layers)) == expected
 
 
-@pytest.mark.parametrize("layers", [[], [1, 2, 1]])
-def test_aux_layers_that_are_none_or_come_twice_are_refused(layers):
-    with pytest.raises(ValueError, match=r"aux_layer_ids=.*distinct layers; null takes"):
-        block_layers(DFlashConfig(aux_layer_ids=layers), make_target())
-
-
 def test_no_last_hidden_states_are_asked_for():
     spec = registry.features(DFlashConfig(), make_target(num_layers=36))
     assert not spec.last_hidden_states
