@@ -116,6 +116,7 @@ def read_public(directory: Path, target: Target) -> tuple[DraftConfig, PublicFor
     contents, form = read_format(directory)
     try:
         config = form.read_config(contents)
+        config.check()
         facts = form.facts(contents)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as {form.architectures[0]}: {error}") from error

@@ -47,7 +47,7 @@ def start_from(
         _check_vocab_size(theirs, ours, directory)
         load_weights(draft, directory)
     log.info("trainer.init_from=%s: %s", directory, _vocab_report(draft, vocab, token_counts))
-    _warn_of_trained_embedding(draft, directory / WEIGHTS, form)
+    _warn_of_trained_tensors(draft, directory / WEIGHTS, form)
 
 
 def check_warm_start(
@@ -120,18 +120,19 @@ def _vocab_report(draft: DraftModel, vocab: InitVocab, token_counts: np.ndarray 
     return f"kept its {text}; trainer.init_vocab=rebuild would give {best:.2%}"
 
 
-def _warn_of_trained_embedding(draft: DraftModel, file: Path, form: PublicFormat) -> None:
-    """Warn if the file has an embedding that is not the target's: the target's is used."""
+def _warn_of_trained_tensors(draft: DraftModel, file: Path, form: PublicFormat) -> None:
+    """Warn if what is left out of the file, an embedding or a head, is not the target's own."""
+    frozen = {"embed_tokens.weight": draft.embedding, _HEAD: draft.frozen_head}
     with safe_open(file, framework="pt") as weights:
         names = [name for name in weights.keys() if form.tensor_name(name) is None]  # noqa: SIM118
         if names:
             log.info("trainer.init_from: left out, as the target's own: %s", ", ".join(names))
         for name in names:
-            if not name.endswith("embed_tokens.weight"):
+            own = frozen.get(name.removeprefix("model."))
+            if own is None:
                 continue
             theirs = weights.get_tensor(name)
-            ours = draft.embedding.to("cpu", theirs.dtype)
-            if theirs.shape != ours.shape or not torch.equal(theirs, ours):
+            if theirs.shape != own.shape or not torch.equal(theirs, own.to("cpu", theirs.dtype)):
                 log.warning(
                     "trainer.init_from: its %s was trained on and is not the target's, which is "
                     "used instead: expect it to be worse at first", name,

@@ -23,7 +23,7 @@ from colospec.draft.public import PublicFormat
 from colospec.target import Target
 
 if TYPE_CHECKING:
-    from colospec.draft.layer import KVCache
+    from colospec.draft.kv_cache import KVCache
 
 
 @dataclass(frozen=True)

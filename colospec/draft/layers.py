@@ -1,4 +1,4 @@
-"""Which layers of the target a draft reads: what algorithms choose from."""
+"""What a draft reads of the target: which layers, and which token as a mask."""
 
 from __future__ import annotations
 
@@ -23,3 +23,19 @@ def spread_layers(number: int, target: Target) -> tuple[int, ...]:
     are too few."""
     last = min(max(target.num_layers - 2, number - 1), target.num_layers - 1)
     return tuple(sorted({last * i // max(1, number - 1) for i in range(number)}))
+
+
+def chosen_mask_token(wanted: int | None, target: Target) -> int:
+    """Return the token that stands for one to be drafted; the default is the last row of the
+    target's embedding, which most targets leave unused.
+
+    Raises ValueError for one that the embedding does not have.
+    """
+    if wanted is None:
+        return target.vocab_size - 1
+    if wanted >= target.vocab_size:
+        raise ValueError(
+            f"draft.mask_token_id={wanted} is not in the target's embedding of "
+            f"{target.vocab_size} tokens; null takes the last one"
+        )
+    return wanted

@@ -137,6 +137,11 @@ def layer_fields(target: Target, intermediate_size: int | None) -> dict[str, Any
     }
 
 
+def draft_vocab_size(wanted: int | None, target: Target) -> int:
+    """Return how many tokens a draft can propose, of draft.draft_vocab_size."""
+    return min(wanted or target.vocab_size, target.vocab_size)
+
+
 def layer_facts(target: Target) -> dict[str, Any]:
     """Return the fields among `layer_fields` that a draft of another target would differ in."""
     return {

@@ -1,4 +1,4 @@
-"""What a block drafter does with rows, where autograd's own way would move them more often.
+"""What block drafters do with rows, where autograd's own way would move them more often.
 
 Shape letters: n rows, H columns, N heads of size D.
 """
@@ -35,7 +35,7 @@ def norm_rotate(states: Tensor, norm: RMSNorm, table: tuple[Tensor, Tensor]) -> 
 
 
 def pick(states: Tensor, rows: Tensor) -> Tensor:
-    """Return some rows [n, H] of `states`; `rows` int64, none of them twice."""
+    """Return some rows of `states` [., ...]; `rows` [n] int64, none of them twice."""
     out: Tensor = _Pick.apply(states, rows)  # type: ignore[no-untyped-call]
     return out
 
@@ -91,4 +91,4 @@ class _Pick(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, grad.shape[1]).index_copy_(0, rows, grad), None
+        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None

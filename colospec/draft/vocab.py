@@ -12,6 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from colospec.target import Target
+
+
+def choose_vocabulary(
+    draft_vocab_size: int | None, target: Target, token_counts: np.ndarray | Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return the mapping of `build_vocab_mapping`; None where the draft keeps all of the target's
+    tokens. Raises ValueError without the count of each token of the target."""
+    if draft_vocab_size is None or draft_vocab_size >= target.vocab_size:
+        return None
+    if token_counts is None or len(token_counts) != target.vocab_size:
+        found = "none" if token_counts is None else f"{len(token_counts)}"
+        raise ValueError(
+            f"draft.draft_vocab_size={draft_vocab_size} needs the count of each of the "
+            f"target's {target.vocab_size} tokens among the supervised ones, and got {found}; "
+            "count them in the data, or set draft.draft_vocab_size=null"
+        )
+    return build_vocab_mapping(token_counts, draft_vocab_size)
+
 
 def build_vocab_mapping(
     token_counts: np.ndarray | Tensor, draft_vocab_size: int

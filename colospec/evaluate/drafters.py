@@ -18,7 +18,7 @@ from torch import Tensor
 
 from colospec.draft import registry
 from colospec.draft.base import BlockDraft, ChainDraft, DraftModel
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
 from colospec.evaluate.sampling import Sampler
 from colospec.target import Target
 

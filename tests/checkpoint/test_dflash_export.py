@@ -245,6 +245,8 @@ def test_options_of_speculators_that_compute_something_else_are_refused(
         ({"dflash_config": {"projector_type": "domino"}}, "projector_type=domino"),
         ({"dflash_config": {}, "target_layer_ids": None}, "target_layer_ids"),
         ({"num_target_layers": 99}, "num_target_layers 99, expected 8"),
+        ({"block_size": 1, "dflash_config": IDS}, "block_size=1 must be at least 2"),
+        ({"layer_types": ["sliding_attention"] * 2}, "sliding_window=None need each other"),
         ({"is_causal": True}, "causal=True for layer 0, a full one"),
         ({"layer_types": ["sliding_attention"] * 2, "is_causal": False}, "0, a sliding one"),
         ({"dflash_config": {**IDS, "causal": True}}, "causal=True for layer 0"),

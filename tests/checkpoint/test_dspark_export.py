@@ -133,7 +133,7 @@ def test_an_unknown_head_is_refused_by_name(target, tmp_path):
         load_draft(tmp_path / "out", target)
 
 
-def test_a_warm_start_from_dflash_or_another_head_is_refused(target, tmp_path):
+def test_a_warm_start_of_dflash_is_refused(target, tmp_path):
     config, draft = make_draft(target)
     export(draft, config, target, tmp_path / "out")
     check_warm_start(config, tmp_path / "out", target)

@@ -28,7 +28,7 @@ from colospec.draft import registry
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
 from colospec.draft.eagle3.config import Eagle3Config
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
 from colospec.engine.base import EngineSettings
 from colospec.target import Target
 from tests.engine import targets

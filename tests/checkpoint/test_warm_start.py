@@ -12,6 +12,7 @@ from colospec.checkpoint.export import load_draft, load_weights
 from colospec.checkpoint.warm_start import check_warm_start, start_from
 from colospec.config import ExportFormat, InitVocab
 from colospec.draft import registry
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
 from tests.checkpoint.test_export import LAYERS, H, V, W, export, make_target
 
@@ -110,6 +111,18 @@ def test_an_embedding_that_is_not_the_targets_is_left_out_with_a_warning(target,
     start(draft, tmp_path / "out", target)
     assert "embed_tokens.weight was trained on and is not the target's" in caplog.text
     assert torch.equal(draft.embedding, target.load_embedding())
+
+
+def test_a_head_that_is_not_the_targets_is_left_out_with_a_warning(target, tmp_path, caplog):
+    config = DFlashConfig(num_layers=1, block_size=4)
+    draft = registry.build(config, target, token_counts=None)
+    export(draft, config, target, tmp_path / "out", dtype=torch.float32)
+    rewrite(tmp_path / "out", str, {"lm_head.weight": target.load_head()})
+    start(draft, tmp_path / "out", target)
+    assert "trained" not in caplog.text
+    rewrite(tmp_path / "out", str, {"lm_head.weight": torch.randn(V, H)})
+    start(draft, tmp_path / "out", target)
+    assert "lm_head.weight was trained on and is not the target's" in caplog.text
 
 
 def test_missing_and_unexpected_tensors_are_listed(target, tmp_path):

@@ -8,8 +8,8 @@ import torch
 from colospec.config import Weights
 from colospec.draft import registry
 from colospec.draft.anchors import build_blocks, sample_anchors
+from colospec.draft.dflash.labels import block_text, shift_labels
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
-from colospec.draft.dspark.labels import shift_labels
 from colospec.draft.dspark.model import DSpark
 from tests.draft.cases import documents, make_batch, make_target
 from tests.draft.dspark_oracle import Oracle
@@ -105,23 +105,32 @@ def test_labels_are_one_further_and_stop_at_the_first_unsupervised_one(generator
     tokens.loss_mask[[2, 3, 4, 8, 9, 11, 12]] = True
     anchors = torch.tensor([2, 3, 8])
     blocks = build_blocks(tokens, anchors, block_size=4, mask_token_id=7)
-    shifted = shift_labels(tokens, anchors, blocks)
+    shifted, rows = shift_labels(tokens, anchors, blocks, unbroken=True)
     # Document 2 begins at 6: anchor 8 is followed by 9, and 10 is not supervised.
-    assert shifted.rows.tolist() == [2, 3, 3, 8]
-    assert shifted.blocks.slots.tolist() == [0, 1, 4, 8]
-    assert shifted.blocks.places.tolist() == [0, 1, 0, 0]
-    assert shifted.blocks.labels.tolist() == tokens.token_ids[[3, 4, 4, 9]].tolist()
-    assert shifted.blocks.counts == (3, 1, 0, 0)
-    assert (
-        shifted.previous[shifted.blocks.slots].tolist() == tokens.token_ids[[2, 3, 3, 8]].tolist()
-    )
+    assert rows.tolist() == [2, 3, 3, 8]
+    assert shifted.slots.tolist() == [0, 1, 4, 8]
+    assert shifted.places.tolist() == [0, 1, 0, 0]
+    assert shifted.labels.tolist() == tokens.token_ids[[3, 4, 4, 9]].tolist()
+    assert shifted.counts == (3, 1, 0, 0)
+    text = block_text(tokens, anchors, size=4)
+    assert text[shifted.slots].tolist() == tokens.token_ids[[2, 3, 3, 8]].tolist()
+
+
+def test_labels_go_on_behind_an_unsupervised_one_where_they_may_be_broken(generator):
+    tokens = make_inputs([6, 8], make_target(), generator=generator, density=0.0).tokens
+    tokens.loss_mask[[8, 9, 11, 12]] = True
+    anchors = torch.tensor([8])
+    blocks = build_blocks(tokens, anchors, block_size=4, mask_token_id=7)
+    shifted, rows = shift_labels(tokens, anchors, blocks, unbroken=False)
+    assert rows.tolist() == [8, 10, 11]
+    assert shifted.counts == (1, 0, 1, 1)
 
 
 def test_the_last_token_of_a_document_is_no_label_of_the_next_one(generator):
     tokens = make_inputs([5, 5], make_target(), generator=generator, density=2.0).tokens
     anchors = torch.tensor([3])
     blocks = build_blocks(tokens, anchors, block_size=4, mask_token_id=7)
-    assert shift_labels(tokens, anchors, blocks).rows.tolist() == [3]
+    assert shift_labels(tokens, anchors, blocks, unbroken=True)[1].tolist() == [3]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
@@ -204,6 +213,12 @@ def test_a_chosen_token_changes_what_follows_and_nothing_before(generator):
 
     one, other = logits(6), logits(9)
     assert [torch.equal(a, b) for a, b in zip(one, other, strict=True)] == [True, True, False, True]
+
+
+def test_a_confidence_that_would_never_learn_is_refused():
+    with pytest.raises(ValueError, match=r"draft\.confidence_weight=0\.0 must be above 0"):
+        make_config(confidence_weight=0.0).check()
+    make_config(enable_confidence_head=False).check()
 
 
 def test_it_asks_for_the_last_hidden_states():

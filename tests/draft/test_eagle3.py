@@ -10,7 +10,7 @@ from colospec.draft import registry
 from colospec.draft.alignment import unroll
 from colospec.draft.eagle3.config import Alignment, Loss
 from colospec.draft.eagle3.layers import eagle3_layers
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
 from colospec.target import Target
 from tests.draft.cases import (
     context,
@@ -262,7 +262,7 @@ def test_overfits_one_document_of_a_real_target(tmp_path, family, draft_vocab_si
 def test_default_aux_layers_exist_and_differ(num_layers, expected):
     target = make_target(num_layers=num_layers)
 
-    assert eagle3_layers(make_config(), target) == expected
+    assert eagle3_layers(None, target) == expected
     assert make_draft(
         make_config(), target, generator=torch.Generator()
     ).fc.in_features == 16 * len(expected)

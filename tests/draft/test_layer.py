@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from colospec.draft.layer import MLP, KVCache, RMSNorm
+from colospec.draft.kv_cache import KVCache
+from colospec.draft.layer import MLP, RMSNorm
 
 
 def test_norm_equals_torch_with_gradients():

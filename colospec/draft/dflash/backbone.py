@@ -18,14 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colospec.batch import FeatureSpec
+from colospec.batch import FeatureSpec, TokenBatch
 from colospec.config import DraftConfig
-from colospec.draft.anchors import Blocks
+from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
 from colospec.draft.base import BlockDraft
 from colospec.draft.block_attention import block_attention
 from colospec.draft.dflash.config import BlockConfig
-from colospec.draft.dflash.layers import block_layers, mask_token_id
-from colospec.draft.layer import MLP, KVCache, LayerShape, RMSNorm, init_linears
+from colospec.draft.dflash.layers import block_layers
+from colospec.draft.kv_cache import KVCache
+from colospec.draft.layer import MLP, LayerShape, RMSNorm, init_linears
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.rope import Rope
 from colospec.draft.rows import linears, norm_rotate
 from colospec.target import Target
@@ -92,7 +94,7 @@ class BlockBackbone(BlockDraft):
     def __init__(self, config: BlockConfig, target: Target) -> None:
         super().__init__()
         self.config = config
-        self.mask_token_id = mask_token_id(config, target)
+        self.mask_token_id = chosen_mask_token(config.mask_token_id, target)
         shape = LayerShape.of(target, config.intermediate_size)
         size, eps = shape.hidden_size, shape.eps
         self.rope = Rope(target)
@@ -141,6 +143,22 @@ class BlockBackbone(BlockDraft):
 
             states = layer(states, table, attend)
         return states
+
+    def sample_blocks(
+        self, tokens: TokenBatch, generator: torch.Generator | None
+    ) -> tuple[Tensor, Blocks]:
+        """Return random anchors [N] and their blocks, on the CPU."""
+        config = self.config
+        anchors = sample_anchors(tokens, num_anchors=config.num_anchors, generator=generator)
+        blocks = build_blocks(
+            tokens, anchors, block_size=config.block_size, mask_token_id=self.mask_token_id
+        )
+        return anchors, blocks
+
+    def decay(self, places: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return how much drafted tokens weigh, by their places in the block [P]."""
+        rate = 0.0 if self.config.decay_gamma is None else 1 / self.config.decay_gamma
+        return torch.exp(places.to(dtype) * -rate)
 
     def project(self, aux_hidden_states: Tensor) -> Tensor:
         """Turn the target's aux hidden states [n, A * H] into the context [n, H] of all layers."""

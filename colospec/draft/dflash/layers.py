@@ -1,4 +1,4 @@
-"""What a drafter of blocks reads: which layers of the target, and which token as a mask."""
+"""Which layers of the target a drafter of blocks reads."""
 
 from __future__ import annotations
 
@@ -23,19 +23,3 @@ def block_layers(config: BlockConfig, target: Target) -> tuple[int, ...]:
     if num_layers > 4 and len(set(default)) == number:
         return tuple(default)
     return spread_layers(min(number, max(1, num_layers - 1)), target)
-
-
-def mask_token_id(config: BlockConfig, target: Target) -> int:
-    """Return the token that stands for one to be drafted; the default is the last row of the
-    target's embedding, which most targets leave unused.
-
-    Raises ValueError for one that the embedding does not have.
-    """
-    if config.mask_token_id is None:
-        return target.vocab_size - 1
-    if config.mask_token_id >= target.vocab_size:
-        raise ValueError(
-            f"draft.mask_token_id={config.mask_token_id} is not in the target's embedding of "
-            f"{target.vocab_size} tokens; null takes the last one"
-        )
-    return config.mask_token_id

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from colospec.batch import FeatureBatch
-from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
+from colospec.draft.anchors import Blocks
 from colospec.draft.base import Choose, LossTerms, StepContext
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.dflash.backbone import BlockBackbone
 from colospec.draft.dflash.config import BlockObjective, DFlashConfig
 from colospec.draft.dflash.public import DFlashFormat
 from colospec.draft.dflash.speculators import DFlashSpeculators
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
 from colospec.draft.rows import pick
 from colospec.target import Target
 
@@ -40,15 +40,7 @@ class DFlash(BlockBackbone):
         The loss is a sum whose denominator is not known before all trainers have drawn anchors.
         """
         aux, config = batch.features.aux_hidden_states, self.config
-        anchors = sample_anchors(
-            batch.tokens, num_anchors=config.num_anchors, generator=context.generator
-        )
-        blocks = build_blocks(
-            batch.tokens,
-            anchors,
-            block_size=config.block_size,
-            mask_token_id=self.mask_token_id,
-        ).to(aux.device)
+        blocks = self.sample_blocks(batch.tokens, context.generator)[1].to(aux.device)
         states = self.unroll(aux, blocks)
         losses, right = head_cross_entropy(
             self.norm(pick(states, blocks.slots)),
@@ -76,8 +68,7 @@ class DFlash(BlockBackbone):
         """Return the weight of each supervised slot [P], and what their sum is divided by."""
         config = self.config
         if config.objective is BlockObjective.decay:
-            rate = 0.0 if config.decay_gamma is None else 1 / config.decay_gamma
-            weights = torch.exp(blocks.places.to(losses.dtype) * -rate)
+            weights = self.decay(blocks.places, losses.dtype)
             return weights, weights.sum()
         grid = (len(blocks.lengths), blocks.size - 1)
         index = blocks.slots // blocks.size * grid[1] + blocks.places

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
 from colospec.draft.dflash.config import BlockConfig, DFlashConfig
-from colospec.draft.dflash.layers import block_layers, mask_token_id
+from colospec.draft.dflash.layers import block_layers
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.public import (
     TARGETS_OWN,
     CardText,
@@ -86,7 +87,7 @@ class DFlashFormat(PublicFormat):
             "max_window_layers": config.num_layers,
             "dflash_config": {
                 "block_size": config.block_size,
-                "mask_token_id": mask_token_id(config, target),
+                "mask_token_id": chosen_mask_token(config.mask_token_id, target),
                 "target_layer_ids": list(block_layers(config, target)),
                 "num_target_layers": target.num_layers,
             },
@@ -133,7 +134,7 @@ class DFlashFormat(PublicFormat):
         assert isinstance(config, BlockConfig)
         return {
             "aux_layer_ids": block_layers(config, target),
-            "mask_token_id": mask_token_id(config, target),
+            "mask_token_id": chosen_mask_token(config.mask_token_id, target),
             "sliding_layers": config.sliding_layers,
             "sliding_window": config.sliding_window,
         }

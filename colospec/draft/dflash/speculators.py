@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
-from colospec.draft.dflash.config import BlockConfig, DFlashConfig
-from colospec.draft.dflash.layers import block_layers, mask_token_id
+from colospec.draft.dflash.config import BlockConfig
+from colospec.draft.dflash.layers import block_layers
 from colospec.draft.dflash.public import SLIDING, DFlashFormat
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.public import CardText
 from colospec.draft.speculators import (
     SpeculatorsFormat,
@@ -48,7 +49,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
     heads: ClassVar[tuple[str, ...]] = ()
 
     def check(self, config: DraftConfig) -> None:
-        assert isinstance(config, DFlashConfig)
+        assert isinstance(config, BlockConfig)
         if 0 < len(config.sliding_layers) < config.num_layers:
             raise ValueError(
                 f"export.format=speculators cannot hold draft.sliding_layers="
@@ -59,7 +60,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, BlockConfig)
         native = super().config_fields(config, target)
-        mask, layers = mask_token_id(config, target), block_layers(config, target)
+        mask, layers = chosen_mask_token(config.mask_token_id, target), block_layers(config, target)
         beside = {*_OUTSIDE, *self.heads}
         layer = {key: value for key, value in native.items() if key not in beside}
         num_tokens = self.num_tokens(config.block_size)

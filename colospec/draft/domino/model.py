@@ -19,15 +19,17 @@ from torch import Tensor, nn
 
 from colospec.batch import FeatureBatch
 from colospec.draft.alignment import to_device
-from colospec.draft.anchors import Blocks, sample_anchors
+from colospec.draft.anchors import Blocks
 from colospec.draft.base import Choose, LossTerms, StepContext
 from colospec.draft.dflash.backbone import BlockBackbone
+from colospec.draft.dflash.labels import block_text, shift_labels
 from colospec.draft.domino.config import DominoConfig
 from colospec.draft.domino.heads import PrefixGru
-from colospec.draft.domino.labels import domino_blocks
 from colospec.draft.domino.losses import PairLosses, pair_losses
 from colospec.draft.domino.public import DominoFormat
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
+from colospec.draft.layer import init_linears
+from colospec.draft.rows import pick
 from colospec.target import Target
 
 
@@ -44,9 +46,8 @@ class Domino(BlockBackbone):
         self.prefix_gru = PrefixGru(size, width)
         narrow = nn.Linear(size + width, config.emb_dim, bias=False)
         wide = nn.Linear(config.emb_dim, target.vocab_size, bias=False)
-        for layer in (narrow, wide):
-            nn.init.normal_(layer.weight, std=0.02)
         self.embed_proj = nn.Sequential(narrow, nn.SiLU(), wide)
+        init_linears(self.embed_proj)
 
     def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
         """Draft a block from each sampled anchor and compare it with the text.
@@ -54,28 +55,19 @@ class Domino(BlockBackbone):
         The loss is a sum whose denominator is not known before all trainers have drawn anchors.
         """
         aux, config = batch.features.aux_hidden_states, self.config
-        anchors = sample_anchors(
-            batch.tokens, num_anchors=config.num_anchors, generator=context.generator
-        )
-        planned, text = domino_blocks(
-            batch.tokens,
-            anchors,
-            block_size=config.block_size,
-            mask_token_id=self.mask_token_id,
-            shift=config.shift_label,
-        )
+        anchors, planned = self.sample_blocks(batch.tokens, context.generator)
+        text = block_text(batch.tokens, anchors, size=config.block_size)
+        if config.shift_label:
+            planned, _ = shift_labels(batch.tokens, anchors, planned, unbroken=False)
         blocks = planned.to(aux.device)
-        states = self.unroll(aux, blocks).index_select(0, blocks.slots)
-        hidden = self.norm(states)
+        hidden = self.norm(pick(self.unroll(aux, blocks), blocks.slots))
         embeds = self._embed(to_device(text, aux.device))
         read = self.prefix_gru(embeds.view(len(blocks.lengths), blocks.size, embeds.shape[1]))
         # The state after the token before the drafted one: that of the drafted one's place.
         before = blocks.slots // blocks.size * blocks.size + blocks.places
-        latent = self._latent(hidden, read.flatten(0, 1).index_select(0, before))
+        latent = self._latent(hidden, pick(read.flatten(0, 1), before))
         corrected = blocks.places >= config.pure_draft_prefix_len
-        rate = 0.0 if config.decay_gamma is None else 1 / config.decay_gamma
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        weights = torch.exp(blocks.places.to(wide) * -rate)
+        weights = self.decay(blocks.places, torch.promote_types(hidden.dtype, torch.float32))
         losses = pair_losses(
             hidden,
             latent * corrected[:, None],

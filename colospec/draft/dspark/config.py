@@ -43,6 +43,6 @@ class DSparkConfig(BlockConfig):
         check_numbers(
             self,
             prefix="draft.",
-            at_least={"markov_rank": 1, "ce_weight": 0, "confidence_weight": 0},
-            above_zero=("l1_weight",),
+            at_least={"markov_rank": 1, "ce_weight": 0},
+            above_zero=("l1_weight", "confidence_weight"),
         )

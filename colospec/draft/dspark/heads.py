@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colospec.draft.dspark.config import MarkovHeadType
+from colospec.draft.layer import init_linears
 
 
 class MarkovHead(nn.Module):
@@ -27,7 +28,7 @@ class MarkovHead(nn.Module):
         if kind is MarkovHeadType.rnn:
             self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
         nn.init.normal_(self.markov_w1.weight, std=0.02)
-        init_head(self)
+        init_linears(self)
 
     def step(self, embeds: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return what `markov_w2` turns into logits [n, R], and the next state [n, R].
@@ -68,19 +69,10 @@ class ConfidenceHead(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.proj = nn.Linear(width, 1)
-        init_head(self)
+        init_linears(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits [n] of the odds, of features [n, width]."""
         dtype = torch.promote_types(features.dtype, torch.float32)
         weight, bias = self.proj.weight.to(dtype), self.proj.bias.to(dtype)
         return F.linear(features.to(dtype), weight, bias).squeeze(1)
-
-
-def init_head(head: nn.Module) -> None:
-    """Draw fresh weights: normal with deviation 0.02, and no bias."""
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -18,16 +18,18 @@ from torch import Tensor
 
 from colospec.batch import FeatureBatch, FeatureSpec
 from colospec.config import DraftConfig
-from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
+from colospec.draft.alignment import to_device
+from colospec.draft.anchors import Blocks
 from colospec.draft.base import Choose, LossTerms, StepContext
 from colospec.draft.dflash.backbone import BlockBackbone
+from colospec.draft.dflash.labels import block_text, shift_labels
 from colospec.draft.dspark.config import DSparkConfig
 from colospec.draft.dspark.heads import ConfidenceHead, MarkovHead
-from colospec.draft.dspark.labels import shift_labels
 from colospec.draft.dspark.losses import Rows, SlotLosses, slot_losses
 from colospec.draft.dspark.public import DSparkFormat
 from colospec.draft.dspark.speculators import DSparkSpeculators
-from colospec.draft.layer import KVCache
+from colospec.draft.kv_cache import KVCache
+from colospec.draft.rows import pick
 from colospec.target import Target
 
 
@@ -64,25 +66,18 @@ class DSpark(BlockBackbone):
         """
         config, last = self.config, batch.features.last_hidden_states
         assert last is not None
-        anchors = sample_anchors(
-            batch.tokens, num_anchors=config.num_anchors, generator=context.generator
-        )
-        plain = build_blocks(
-            batch.tokens, anchors, block_size=config.block_size, mask_token_id=self.mask_token_id
-        )
-        shifted = shift_labels(batch.tokens, anchors, plain).to(last.device)
-        blocks = shifted.blocks
+        anchors, plain = self.sample_blocks(batch.tokens, context.generator)
+        planned, rows = shift_labels(batch.tokens, anchors, plain, unbroken=True)
+        previous = block_text(batch.tokens, anchors, size=config.block_size)
+        blocks = planned.to(last.device)
         hidden = self.norm(self.unroll(batch.features.aux_hidden_states, blocks))
-        embeds = self.markov_head.markov_w1(shifted.previous)
+        embeds = self.markov_head.markov_w1(to_device(previous, last.device))
         latent = self.markov_head.unroll(embeds, hidden, size=blocks.size)
-        hidden, embeds, latent = (
-            part.index_select(0, blocks.slots) for part in (hidden, embeds, latent)
-        )
-        rate = 0.0 if config.decay_gamma is None else 1 / config.decay_gamma
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        weights = torch.exp(blocks.places.to(wide) * -rate)
+        hidden, embeds, latent = (pick(part, blocks.slots) for part in (hidden, embeds, latent))
+        weights = self.decay(blocks.places, torch.promote_types(hidden.dtype, torch.float32))
+        teacher = last.index_select(0, to_device(rows, last.device))
         losses = slot_losses(
-            Rows(hidden, latent, last.index_select(0, shifted.rows), blocks.labels, weights),
+            Rows(hidden, latent, teacher, blocks.labels, weights),
             self.frozen_head,
             self.markov_head.markov_w2.weight,
             ce_weight=config.ce_weight,
@@ -136,17 +131,17 @@ def _metrics(
     total = weights.sum()
     grid = accepted.new_zeros(len(blocks.lengths) * blocks.size)
     gained = grid.index_copy(0, blocks.slots, accepted).view(-1, blocks.size).cumprod(1).sum()
-    number = len(blocks.lengths)
+    number = count(len(blocks.lengths))
     metrics = {
         "cross_entropy": (weights @ losses.cross_entropy, total),
         "distance": (weights @ losses.distance, total),
         "teacher_agreement": (losses.agrees.to(weights.dtype).sum(), count(len(blocks.slots))),
-        "tau_probabilistic": (gained + number, count(number)),
+        "tau_probabilistic": (gained + number, number),
     }
     hits, rates = weights.new_zeros(blocks.size), weights.new_zeros(blocks.size)
     hits.index_add_(0, blocks.places, losses.right.to(hits.dtype))
     rates.index_add_(0, blocks.places, accepted)
-    for place, number in enumerate(blocks.counts):
-        metrics[f"acc_{place}"] = (hits[place], count(number))
-        metrics[f"acceptance_rate_{place}"] = (rates[place], count(number))
+    for place, size in enumerate(blocks.counts):
+        metrics[f"acc_{place}"] = (hits[place], count(size))
+        metrics[f"acceptance_rate_{place}"] = (rates[place], count(size))
     return metrics

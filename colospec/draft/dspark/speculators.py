@@ -26,6 +26,7 @@ class DSparkSpeculators(DFlashSpeculators, DSparkFormat):
 
     def check(self, config: DraftConfig) -> None:
         assert isinstance(config, DSparkConfig)
+        super().check(config)
         if config.markov_head_type is not MarkovHeadType.vanilla:
             raise ValueError(
                 f"export.format=speculators: vLLM has no draft.markov_head_type="

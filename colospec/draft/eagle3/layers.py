@@ -1,20 +1,21 @@
-"""Which layers of the target EAGLE-3 reads."""
+"""Which layers of the target EAGLE-3 reads, and P-EAGLE."""
 
 from __future__ import annotations
 
-from colospec.draft.eagle3.config import Eagle3Config
+from collections.abc import Sequence
+
 from colospec.draft.layers import chosen_layers, spread_layers
 from colospec.target import Target
 
 
-def eagle3_layers(config: Eagle3Config, target: Target) -> tuple[int, ...]:
-    """Return the aux layers, ascending.
+def eagle3_layers(wanted: Sequence[int] | None, target: Target) -> tuple[int, ...]:
+    """Return the aux layers, ascending; `wanted` is the user's choice.
 
     The default is [1, L // 2 - 1, L - 4]; where these are not distinct and ascending (L < 7), it is
     up to three layers spread evenly. Raises ValueError for layers that the target does not have.
     """
-    if config.aux_layer_ids is not None:
-        return chosen_layers(config.aux_layer_ids, target)
+    if wanted is not None:
+        return chosen_layers(wanted, target)
     num_layers = target.num_layers
     default = (1, num_layers // 2 - 1, num_layers - 4)
     if default[0] < default[1] < default[2]:

@@ -22,6 +22,7 @@ from colospec.draft.public import (
     CardText,
     PublicFormat,
     Shapes,
+    draft_vocab_size,
     layer_facts,
     layer_fields,
     vllm_command,
@@ -65,12 +66,12 @@ class Eagle3Format(PublicFormat):
 
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, Eagle3Config)
-        num_aux = len(eagle3_layers(config, target))
+        num_aux = len(eagle3_layers(config.aux_layer_ids, target))
         hidden, vocab = target.hidden_size, target.vocab_size
         mlp = config.intermediate_size or target.intermediate_size
         query = target.num_attention_heads * target.head_dim
         key = target.num_key_value_heads * target.head_dim
-        draft_vocab = _draft_vocab_size(config, target)
+        draft_vocab = draft_vocab_size(config.draft_vocab_size, target)
         shapes: Shapes = {
             "fc.weight": (hidden, num_aux * hidden),
             "midlayer.input_layernorm.weight": (hidden,),
@@ -94,12 +95,12 @@ class Eagle3Format(PublicFormat):
 
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, Eagle3Config)
-        layers = eagle3_layers(config, target)
+        layers = eagle3_layers(config.aux_layer_ids, target)
         return {
             "model_type": "llama",
             **layer_fields(target, config.intermediate_size),
             "num_hidden_layers": 1,
-            "draft_vocab_size": _draft_vocab_size(config, target),
+            "draft_vocab_size": draft_vocab_size(config.draft_vocab_size, target),
             "tie_word_embeddings": False,
             "norm_output": config.norm_output,
             "norm_before_residual": config.norm_before_residual,
@@ -137,7 +138,7 @@ class Eagle3Format(PublicFormat):
     def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, Eagle3Config)
         return {
-            "aux_layer_ids": eagle3_layers(config, target),
+            "aux_layer_ids": eagle3_layers(config.aux_layer_ids, target),
             "norm_output": config.norm_output,
             "norm_before_residual": config.norm_before_residual,
             "fc_norm": config.fc_norm,
@@ -171,7 +172,3 @@ class Eagle3Format(PublicFormat):
             "training-time test": f"{contents['colospec']['ttt_length']} steps",
         }
         return CardText("EAGLE-3", "eagle3", rows, _SERVE)
-
-
-def _draft_vocab_size(config: Eagle3Config, target: Target) -> int:
-    return min(config.draft_vocab_size or target.vocab_size, target.vocab_size)

@@ -36,7 +36,7 @@ class Eagle3Speculators(SpeculatorsFormat, Eagle3Format):
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, Eagle3Config)
         native = super().config_fields(config, target)
-        layers = eagle3_layers(config, target)
+        layers = eagle3_layers(config.aux_layer_ids, target)
         layer = {
             "model_type": "llama",
             **layer_fields(target, config.intermediate_size),

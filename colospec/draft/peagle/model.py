@@ -26,15 +26,20 @@ from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import BlockDraft, Choose, LossTerms, StepContext
 from colospec.draft.block_attention import block_attention
 from colospec.draft.eagle3.config import Loss
-from colospec.draft.layer import Attend, DraftLayer, KVCache, LayerShape, RMSNorm, init_linears
+from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.kv_cache import KVCache
+from colospec.draft.layer import Attend, DraftLayer, LayerShape, RMSNorm, init_linears
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
 from colospec.draft.peagle.config import PEagleConfig
 from colospec.draft.peagle.layers import PlainLayer
-from colospec.draft.peagle.public import PEagleFormat, aux_layers, mask_token_id
+from colospec.draft.peagle.public import PEagleFormat
 from colospec.draft.peagle.sampling import Places, sample_places
 from colospec.draft.peagle.speculators import PEagleSpeculators
+from colospec.draft.pruned import PrunedDraft
 from colospec.draft.rope import Rope
-from colospec.draft.vocab import build_vocab_mapping
+from colospec.draft.rows import pick
+from colospec.draft.vocab import choose_vocabulary
 from colospec.target import Target
 
 ALL = 2**30
@@ -47,36 +52,33 @@ class LastState(KVCache):
     state: Tensor
 
 
-class PEagle(BlockDraft):
-    """The draft, its loss, and its decoding.
-
-    Buffers `t2d` [V] bool and `d2t` [W] int64 exist only with a pruned vocabulary (see `vocab`).
-    """
+class PEagle(PrunedDraft, BlockDraft):
+    """The draft, its loss, and its decoding."""
 
     public = PEagleFormat()
     more_formats = (PEagleSpeculators(),)
     config: PEagleConfig
-    d2t: Tensor | None
 
     def __init__(
         self, config: PEagleConfig, target: Target, *, mapping: tuple[Tensor, Tensor] | None
     ) -> None:
-        super().__init__()
+        super().__init__(mapping)
         self.config = config
         self.num_drafted = config.num_depths
-        self.mask_token_id = mask_token_id(config, target)
+        self.mask_token_id = chosen_mask_token(config.mask_token_id, target)
         shape = LayerShape.of(target, config.intermediate_size)
-        size, width = shape.hidden_size, len(aux_layers(config, target)) * shape.hidden_size
+        size, width = (
+            shape.hidden_size,
+            len(eagle3_layers(config.aux_layer_ids, target)) * shape.hidden_size,
+        )
         self.rope = Rope(target)
         self.fc = nn.Linear(width, size, bias=False)
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, width))
         self.layers = nn.ModuleList([DraftLayer(shape)])
         self.layers.extend(PlainLayer(shape) for _ in range(config.num_layers - 1))
         self.norm = RMSNorm(size, shape.eps)
-        t2d, d2t = mapping or (None, None)
-        self.lm_head = nn.Linear(size, target.vocab_size if d2t is None else len(d2t), bias=False)
-        self.register_buffer("t2d", t2d)
-        self.register_buffer("d2t", d2t)
+        vocab_size = target.vocab_size if mapping is None else len(mapping[1])
+        self.lm_head = nn.Linear(size, vocab_size, bias=False)
         init_linears(self)
 
     @classmethod
@@ -84,7 +86,7 @@ class PEagle(BlockDraft):
         """Aux hidden states, and the last hidden states for the teacher."""
         assert isinstance(config, PEagleConfig)
         return FeatureSpec(
-            aux_layer_ids=aux_layers(config, target),
+            aux_layer_ids=eagle3_layers(config.aux_layer_ids, target),
             last_hidden_states=True,
             hidden_size=target.hidden_size,
             dtype=target.dtype,
@@ -95,33 +97,8 @@ class PEagle(BlockDraft):
         cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
     ) -> Self:
         assert isinstance(config, PEagleConfig)
-        if config.draft_vocab_size is None or config.draft_vocab_size >= target.vocab_size:
-            return cls(config, target, mapping=None)
-        if token_counts is None or len(token_counts) != target.vocab_size:
-            found = "none" if token_counts is None else f"{len(token_counts)}"
-            raise ValueError(
-                f"draft.draft_vocab_size={config.draft_vocab_size} needs the count of each of the "
-                f"target's {target.vocab_size} tokens among the supervised ones, and got {found}; "
-                "count them in the data, or set draft.draft_vocab_size=null"
-            )
-        mapping = build_vocab_mapping(token_counts, config.draft_vocab_size)
+        mapping = choose_vocabulary(config.draft_vocab_size, target, token_counts)
         return cls(config, target, mapping=mapping)
-
-    def untrained(self, target: Target) -> Self:
-        """Return the same draft with fresh weights, and the same vocabulary."""
-        counts = torch.zeros(target.vocab_size)
-        fresh = type(self).from_config(self.config, target, token_counts=counts)
-        if fresh.d2t is not None:
-            fresh.load_state_dict({"d2t": self.d2t, "t2d": self.t2d}, strict=False)
-        fresh.set_target(self.embedding, self.target_head)
-        return fresh
-
-    def set_target(self, embedding: Tensor, head: Tensor | None = None) -> None:
-        """Set the frozen weights, and start the draft's head from the target's rows."""
-        super().set_target(embedding, head)
-        rows = self.frozen_head if self.target_ids is None else self.frozen_head[self.target_ids]
-        with torch.no_grad():
-            self.lm_head.weight.copy_(rows)
 
     def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
         """Draft from every place to the depths that are drawn, and compare with the target.
@@ -135,7 +112,7 @@ class PEagle(BlockDraft):
         learning = places.learning
         states = self.unroll(batch.features.aux_hidden_states, places)
         sums = fused_loss(
-            self.norm(states.index_select(0, learning.positions)),
+            self.norm(pick(states, learning.positions)),
             self.lm_head.weight,
             teacher=Teacher(last, self.frozen_head, self.target_ids),
             rows=learning,
@@ -165,7 +142,7 @@ class PEagle(BlockDraft):
             found = [ttt_attention(queries[0], [keys[0]], [values[0]], documents)]
             for number, chain in enumerate(places.chains, start=1):
                 rows = chain.context
-                seen = keys[0].index_select(0, rows), values[0].index_select(0, rows)
+                seen = pick(keys[0], rows), pick(values[0], rows)
                 own = keys[number], values[number]
                 found.append(block_attention(queries[number], seen, own, chain.blocks, window=ALL))
             return torch.cat(found)
@@ -204,13 +181,6 @@ class PEagle(BlockDraft):
             for cache in caches:
                 cache.truncate(length)
         return choose(self._over_target_vocabulary(self.lm_head(self.norm(states))))
-
-    @property
-    def target_ids(self) -> Tensor | None:
-        """The target token of each draft token, [W] ascending; None for the whole vocabulary."""
-        if self.d2t is None:
-            return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def _run(
         self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attends: Sequence[Attend]

@@ -10,14 +10,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
-from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.peagle.config import PEagleConfig
 from colospec.draft.public import (
     TARGETS_OWN,
     CardText,
     PublicFormat,
     Shapes,
+    draft_vocab_size,
     layer_facts,
     layer_fields,
 )
@@ -39,8 +40,8 @@ class PEagleFormat(PublicFormat):
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, PEagleConfig)
         hidden, vocab = target.hidden_size, target.vocab_size
-        aux = len(aux_layers(config, target)) * hidden
-        draft_vocab = _draft_vocab_size(config, target)
+        aux = len(eagle3_layers(config.aux_layer_ids, target)) * hidden
+        draft_vocab = draft_vocab_size(config.draft_vocab_size, target)
         shapes: Shapes = {
             "fc.weight": (hidden, aux),
             "mask_hidden": (1, 1, aux),
@@ -58,12 +59,13 @@ class PEagleFormat(PublicFormat):
 
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, PEagleConfig)
-        layers, mask = aux_layers(config, target), mask_token_id(config, target)
+        layers = eagle3_layers(config.aux_layer_ids, target)
+        mask = chosen_mask_token(config.mask_token_id, target)
         return {
             "model_type": "llama",
             **layer_fields(target, config.intermediate_size),
             "num_hidden_layers": config.num_layers,
-            "draft_vocab_size": _draft_vocab_size(config, target),
+            "draft_vocab_size": draft_vocab_size(config.draft_vocab_size, target),
             "tie_word_embeddings": False,
             "norm_before_residual": False,
             "norm_output": False,
@@ -107,8 +109,8 @@ class PEagleFormat(PublicFormat):
     def inputs(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, PEagleConfig)
         return {
-            "aux_layer_ids": aux_layers(config, target),
-            "mask_token_id": mask_token_id(config, target),
+            "aux_layer_ids": eagle3_layers(config.aux_layer_ids, target),
+            "mask_token_id": chosen_mask_token(config.mask_token_id, target),
         }
 
     def tensor_name(self, name: str) -> str | None:
@@ -130,28 +132,6 @@ class PEagleFormat(PublicFormat):
             "mask token": str(contents["mask_token_id"]),
             "aux layers of the target": ", ".join(map(str, layers)),
         }
-
-
-def aux_layers(config: PEagleConfig, target: Target) -> tuple[int, ...]:
-    """Return the aux layers, ascending: those of EAGLE-3. Raises ValueError for layers that the
-    target does not have."""
-    return eagle3_layers(Eagle3Config(aux_layer_ids=config.aux_layer_ids), target)
-
-
-def mask_token_id(config: PEagleConfig, target: Target) -> int:
-    """Return the token that stands for one to be drafted; the default is the last row of the
-    target's embedding. Raises ValueError for one that the embedding does not have."""
-    chosen = config.mask_token_id
-    if chosen is not None and chosen >= target.vocab_size:
-        raise ValueError(
-            f"draft.mask_token_id={chosen} is not in the target's embedding of "
-            f"{target.vocab_size} tokens; null takes the last one"
-        )
-    return target.vocab_size - 1 if chosen is None else chosen
-
-
-def _draft_vocab_size(config: PEagleConfig, target: Target) -> int:
-    return min(config.draft_vocab_size or target.vocab_size, target.vocab_size)
 
 
 def _layer(target: Target, width: int, mlp: int) -> Shapes:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from colospec.config import DraftConfig
+from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.layers import chosen_mask_token
 from colospec.draft.peagle.config import PEagleConfig
-from colospec.draft.peagle.public import PEagleFormat, aux_layers, mask_token_id
+from colospec.draft.peagle.public import PEagleFormat
 from colospec.draft.public import CardText, layer_fields
 from colospec.draft.speculators import (
     SpeculatorsFormat,
@@ -31,7 +33,7 @@ class PEagleSpeculators(SpeculatorsFormat, PEagleFormat):
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, PEagleConfig)
         native = super().config_fields(config, target)
-        layers = aux_layers(config, target)
+        layers = eagle3_layers(config.aux_layer_ids, target)
         layer = {
             "model_type": "llama",
             **layer_fields(target, config.intermediate_size),
@@ -49,7 +51,7 @@ class PEagleSpeculators(SpeculatorsFormat, PEagleFormat):
             "fc_norm": False,
             "norm_output": False,
             "embed_requires_grad": False,
-            "mask_token_id": mask_token_id(config, target),
+            "mask_token_id": chosen_mask_token(config.mask_token_id, target),
             "eagle_aux_hidden_state_layer_ids": input_layers(layers),
             "colospec": native["colospec"],
         }
