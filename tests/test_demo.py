@@ -12,6 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colospec import demo
+from colospec.demo import __main__ as command
+from colospec.demo import recipe, text
+from colospec.demo.training import train_model
 from colospec.target import Target
 
 BUILD = "import sys; from colospec import demo; print(demo.ensure_target(sys.argv[1], num_steps=2))"
@@ -82,19 +85,19 @@ def test_data_is_reproducible_and_evaluation_text_is_held_out(tmp_path: Path) ->
     train = [json.loads(line)["text"] for line in first.train_path.open()]
     held_out = [json.loads(line)["text"] for line in first.eval_path.open()]
     assert first.train_path.read_bytes() == second.train_path.read_bytes()
-    assert (len(train), len(held_out)) == (demo.NUM_TRAIN_ROWS, demo.NUM_EVAL_ROWS)
-    assert all(len(text) >= demo.PIECE_CHARS[0] for text in train + held_out)
+    assert (len(train), len(held_out)) == (recipe.NUM_TRAIN_ROWS, recipe.NUM_EVAL_ROWS)
+    assert all(len(text) >= recipe.PIECE_CHARS[0] for text in train + held_out)
     assert not set(train) & set(held_out)
 
 
 def test_drafts_learn_from_what_the_target_wrote(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "NUM_WRITTEN_ROWS", 6)
-    monkeypatch.setattr(demo, "WRITTEN_BATCH", 4)
+    monkeypatch.setattr(text, "NUM_WRITTEN_ROWS", 6)
+    monkeypatch.setattr(text, "WRITTEN_BATCH", 4)
     target = demo.ensure_target(cache)
-    text = json.loads(next(demo.ensure_data(cache).train_path.open()))["text"]
-    given = AutoTokenizer.from_pretrained(target)(text)["input_ids"][: demo.WRITTEN_TOKENS[0]]
+    row = json.loads(next(demo.ensure_data(cache).train_path.open()))["text"]
+    given = AutoTokenizer.from_pretrained(target)(row)["input_ids"][: recipe.WRITTEN_TOKENS[0]]
 
     path = demo.ensure_written(cache)
 
@@ -102,7 +105,7 @@ def test_drafts_learn_from_what_the_target_wrote(
     prefix = AutoTokenizer.from_pretrained(target).decode(given)
     assert len(rows) == 6
     assert rows[0].startswith(prefix)
-    assert rows[0] != text[: len(rows[0])]
+    assert rows[0] != row[: len(rows[0])]
     assert demo.ensure_written(cache) == path
 
 
@@ -119,8 +122,8 @@ def test_training_leaves_threads_and_random_state_alone() -> None:
     expected = torch.rand(3)
     torch.manual_seed(7)
 
-    tokens = torch.arange(3000) % demo.VOCAB_SIZE
-    demo._train(tokens, tokens, num_steps=1)
+    tokens = torch.arange(3000) % recipe.VOCAB_SIZE
+    train_model(tokens, tokens, num_steps=1)
 
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == 1
@@ -130,4 +133,4 @@ def test_report_of_a_missing_run_is_one_line(cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parent))
 
     with pytest.raises(SystemExit, match=r"error: .*no export/config\.json"):
-        demo.main(["--report", str(cache / "nothing")])
+        command.main(["--report", str(cache / "nothing")])

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
@@ -80,6 +81,8 @@ def server_args(job: ServingJob) -> dict[str, Any]:
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
         "random_seed": 0,
+        # It would end the parent, by SIGQUIT; whoever started this has deadlines of its own.
+        "watchdog_timeout": None,
         **graphs,
         **job.speculative,
     }
@@ -124,14 +127,21 @@ def _write(out: TextIO, line: dict[str, Any]) -> None:
 
 def main() -> None:
     """Read the job from the standard input; results alone go to the standard output."""
-    with os.fdopen(os.dup(1), "w") as out:
-        # Whatever SGLang or a compiler prints belongs to the log.
-        os.dup2(2, 1)
-        job = ServingJob(**json.load(sys.stdin))
-        run(job, out)
-    # SGLang's threads would keep the process.
-    sys.stdout.flush()
-    os._exit(0)
+    code = 1
+    try:
+        with os.fdopen(os.dup(1), "w") as out:
+            # Whatever SGLang or a compiler prints belongs to the log.
+            os.dup2(2, 1)
+            job = ServingJob(**json.load(sys.stdin))
+            run(job, out)
+        code = 0
+    except Exception:
+        traceback.print_exc()
+    finally:
+        # SGLang's threads would keep the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python -m colospec.evaluate ... --through sglang     # also as it will be served
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 from colospec.checkpoint.export import load_draft
+from colospec.config import Dtype
 from colospec.data.encode import load_tokenizer
 from colospec.evaluate.acceptance import DecodingSettings
 from colospec.evaluate.compare import compare
@@ -42,6 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.json and not options.json.parent.is_dir():
+        raise ValueError(
+            f"--json {options.json}: there is no directory {options.json.parent}; "
+            f"mkdir -p {options.json.parent}"
+        )
     device = torch.device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
     if options.through == "sglang":
@@ -72,7 +79,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     report = comparison.to_dict()
     if drafting is not None:
         sampled = greedily_proposed(decoder, drafter, prompts, settings)
+        # The decoder's hooks know it: only the collector frees its GPU memory, which SGLang needs.
         del decoder, drafter, model
+        gc.collect()
         torch.cuda.empty_cache()
         served = decode_through_sglang(
             target,
@@ -111,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--chain-length", type=int, default=defaults.chain_length, help="proposals per step")
     add("--temperature", type=float, default=0.0, help="above 0: also sample at it")
     add("--seed", type=int, default=defaults.seed, help="of the sampling")
-    add("--dtype", default="auto", help="of the target")
+    add("--dtype", choices=[one.value for one in Dtype], default="auto", help="of the target")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
     add("--through", choices=("loop", "sglang"), default="loop", help="sglang: also as served")
     add("--batch-sizes", type=_sizes, default="1,8,32", help="prompts at a time in SGLang")
@@ -121,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sizes(text: str) -> list[int]:
-    """Parse "1,8,32"; argparse explains a ValueError."""
-    sizes = [int(part) for part in text.split(",")]
-    if min(sizes) < 1:
-        raise ValueError
-    return sizes
+    """Parse "1,8,32"."""
+    parts = text.split(",")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} must be numbers from 1, like 1,8,32")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

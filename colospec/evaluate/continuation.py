@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colospec.config import Weights
 from colospec.engine.pretrained import load_model
+from colospec.evaluate.decoder import eos_token_ids
 from colospec.target import Target
 
 
@@ -33,9 +34,7 @@ def continue_prompts(
         target, dtype=target.dtype, weights=Weights.pretrained, trust_remote_code=False,
         device=device,
     )  # fmt: skip
-    ends = target.hf_config.get("eos_token_id")
-    stops = set(ends if isinstance(ends, list) else [ends])
-    rows = []
+    stops, rows = eos_token_ids(target), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for part in torch.split(prompts.to(device), batch_size):
@@ -53,7 +52,7 @@ def continue_prompts(
     return rows
 
 
-def _until(row: list[int], first: int, stops: set[int | None]) -> list[int]:
+def _until(row: list[int], first: int, stops: frozenset[int]) -> list[int]:
     """Cut `row` behind the first of `stops` from place `first` on."""
     place = next((i for i, token in enumerate(row[first:], first) if token in stops), len(row))
     return row[: place + 1]

@@ -26,6 +26,8 @@ from colospec.evaluate.acceptance import Acceptance
 from colospec.mps.keeper import die_with
 
 START_S = 900.0
+# For the kernels that a batch size compiles at its first step.
+WARM_UP_S = 300.0
 STEP_S = 0.5
 LAST_LINES = 20
 
@@ -134,7 +136,8 @@ def _deadlines(job: ServingJob) -> Iterator[tuple[str, float]]:
     for temperature in job.temperatures:
         for size in job.batch_sizes:
             num_steps = 2 * job.max_new_tokens * -(-max(len(job.prompts), size) // size)
-            yield f"batch size {size}, temperature {temperature:g}", 60 + STEP_S * num_steps
+            phase = f"batch size {size}, temperature {temperature:g}"
+            yield phase, WARM_UP_S + STEP_S * num_steps
 
 
 @contextmanager

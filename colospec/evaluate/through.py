@@ -219,6 +219,8 @@ def warn_if_apart(served: ThroughSglang, real: Acceptance) -> None:
 
 def _on_same_text(drafted: Acceptance, loop: Acceptance) -> str:
     same = same_outputs(drafted, loop)
+    if not same:
+        return "- (0)"
     return f"{loop.length_on(same):.2f} / {drafted.length_on(same):.2f} ({len(same)})"
 
 
@@ -231,8 +233,8 @@ def _numbers(pair: Pair, loop: Acceptance) -> dict[str, Any]:
             "num_prompts": len(drafted.outputs),
             "num_lossless": pair.num_lossless,
             "num_same_text_as_loop": len(same),
-            "acceptance_length_on_same_text": drafted.length_on(same),
-            "loop_acceptance_length_on_same_text": loop.length_on(same),
+            "acceptance_length_on_same_text": drafted.length_on(same) if same else None,
+            "loop_acceptance_length_on_same_text": loop.length_on(same) if same else None,
         }
     return numbers | {
         "batch_size": pair.batch_size,

@@ -237,6 +237,10 @@ class Probe:
             shutil.rmtree(self._directory, ignore_errors=True)
             log.info("%s (%.1f s)", figures, seconds)
             return
+        # One is enough to look at; a draft that always gives the alarm must not fill the disk.
+        for older in self._directory.parent.iterdir():
+            if older != self._directory:
+                shutil.rmtree(older, ignore_errors=True)
         log.warning(
             "%s: %s; compare `python -m colospec.evaluate --target %s --draft %s --prompts FILE`",
             figures, meaning, self._job.target.path, self._directory,

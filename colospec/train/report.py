@@ -55,7 +55,12 @@ class StepTimes:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside, which must not be a part of a step, out of the window."""
+        """Leave what happens inside, which must not be a part of a step, out of the window.
+
+        Waits for the device, which is at steps of the window still.
+        """
+        if self._on_cuda:
+            torch.cuda.synchronize()
         paused = time.monotonic()
         yield
         self.began += time.monotonic() - paused

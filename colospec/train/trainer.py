@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -23,7 +22,6 @@ from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.export import export_draft
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
-from colospec.checkpoint.rotate import is_higher_better
 from colospec.checkpoint.warm_start import start_from
 from colospec.data.pack import Step
 from colospec.draft import registry
@@ -45,6 +43,7 @@ from colospec.train.probe_target import ProbeTarget
 from colospec.train.produce import check_lease
 from colospec.train.provenance import plain
 from colospec.train.report import Reporter, StepTimes, check_best_metric
+from colospec.train.result import write_result
 from colospec.train.same_run import check_same_run
 from colospec.train.stop import StopVote
 from colospec.world import World
@@ -221,7 +220,12 @@ class Trainer:
                 dtype=getattr(torch, self.job.run.export.dtype.value),
             )
             log.info("draft exported to %s", directory)
-            self._write_result()
+            write_result(
+                self.run_dir,
+                self.job.run.trainer.best_metric,
+                self.last_metrics,
+                steps=self.position.step,
+            )
 
     def step(self, step: Step, source: FeatureSource) -> None:
         """Make one optimizer step from this trainer's micro-batches of it.
@@ -342,16 +346,3 @@ class Trainer:
             "num_samples": self.job.plan.num_samples,
             "metrics": self.last_metrics,
         }
-
-    def _write_result(self) -> None:
-        name = self.job.run.trainer.best_metric
-        value = self.last_metrics[name]
-        result = {
-            "objective": -value if is_higher_better(name) else value,
-            "objective_name": name,
-            "steps": self.position.step,
-            "metrics": self.last_metrics,
-        }
-        temporary = self.run_dir / "result.json.tmp"
-        temporary.write_text(json.dumps(result, indent=2) + "\n")
-        temporary.rename(self.run_dir / "result.json")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
+import subprocess
+import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +177,32 @@ def test_sglang_decodes_what_our_loop_decodes(tmp_path: Path, random_seed: int) 
 def test_a_failing_child_is_an_error_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"no draft ended with code 1 \(loading the models\)"):
         serve(make_job(tmp_path))
+
+
+FAILING = """
+import threading, time
+from colospec.engine import sglang_serving
+
+def run(job, out):
+    threading.Thread(target=time.sleep, args=(90,)).start()
+    raise RuntimeError("no such thing")
+
+sglang_serving.run = run
+sglang_serving.main()
+"""
+
+
+def test_a_child_that_fails_ends_although_its_threads_go_on(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FAILING],
+        input=json.dumps(asdict(make_job(tmp_path))),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "RuntimeError: no such thing" in done.stderr
 
 
 def test_a_child_that_is_silent_is_ended_at_the_deadline(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from colospec.engine.sglang_serving import ServingJob
 from colospec.evaluate import __main__ as command
 from colospec.evaluate import through
 from colospec.evaluate.acceptance import Acceptance
+from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import GreedyProposals
 from colospec.evaluate.sampling import Sampler
 from colospec.evaluate.served import Served, ServedRun
@@ -87,6 +90,17 @@ def test_only_prompts_with_the_same_text_are_compared(
     assert same.table(loop, None).row_count == 1
 
 
+def test_without_a_common_text_there_is_no_length_to_compare() -> None:
+    loop = accepted_by([([1, 2], [5, 4])])
+    served = both_ways(accepted_by([([1, 9], [5, 4])]))
+
+    (numbers,) = served.to_dict(loop, None)["runs"]
+
+    assert numbers["num_same_text_as_loop"] == 0
+    assert numbers["acceptance_length_on_same_text"] is None
+    assert "- (0)" in list(served.table(loop, None).columns[4].cells)
+
+
 def test_the_command_reports_sglang_beside_our_loop(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,9 +111,16 @@ def test_the_command_reports_sglang_beside_our_loop(
     target = Target.load(tiny.write_target(tmp_path / "target"))
     exported(tmp_path / "draft", target, Eagle3Config(ttt_length=2))
     jobs = []
+    decoders: list[weakref.ref[TargetDecoder]] = []
+
+    class Known(TargetDecoder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            decoders.append(weakref.ref(self))
 
     def pretend(job: ServingJob) -> Served:
         jobs.append(job)
+        assert [decoder() for decoder in decoders] == [None], "SGLang needs its memory"
         runs = []
         for temperature in job.temperatures:
             for size in job.batch_sizes:
@@ -109,6 +130,7 @@ def test_the_command_reports_sglang_beside_our_loop(
         return Served("0.5.17", {"page_size": 1}, runs)
 
     monkeypatch.setattr(through, "serve", pretend)
+    monkeypatch.setattr(command, "TargetDecoder", Known)
     monkeypatch.setattr(command, "check_machine", lambda *_: None)
     words = {
         "target": target.path,
@@ -181,6 +203,22 @@ def test_without_a_gpu_the_command_says_what_it_needs(untrained: Untrained, tmp_
     words = ["--target", str(untrained.target.path), "--draft", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"needs a CUDA GPU .* device is cpu; --through loop"):
         command.main([*words, "--prompts", str(tmp_path), "--through", "sglang"])
+
+
+@pytest.mark.parametrize(
+    ("word", "value", "says"),
+    [
+        ("--batch-sizes", "8,0", "8,0 must be numbers from 1, like 1,8,32"),
+        ("--dtype", "half", "choose from auto, float32"),
+        ("--json", "nowhere/out.json", "no directory nowhere; mkdir -p nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], word: str, value: str, says: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--target", "T", "--draft", "D", "--prompts", "P", word, value])
+    assert says in f"{stopped.value} {capsys.readouterr().err}".replace("'", "")
 
 
 def pretend_hopper(monkeypatch: pytest.MonkeyPatch, version: str) -> None:

@@ -72,6 +72,49 @@ def test_a_killed_rank_ends_the_job_in_five_seconds(tiny_job, tmp_path, role, ph
     assert not [name for name in files(run_dir) if ".tmp" in name]
 
 
+@pytest.mark.parametrize("role", ["trainer", "engine"])
+def test_a_rank_killed_in_a_probe_ends_the_job_in_five_seconds(tiny_job, tmp_path, role):
+    run_dir = tmp_path / "run"
+    before = shared_memory()
+    rank = 0 if role == "trainer" else 1
+    measures = ["data.held_out_samples=8", "trainer.probe_interval=2", "trainer.probe_tokens=60"]
+    words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *LONG, *measures,
+                    f"run_dir={run_dir}")  # fmt: skip
+    with started(words) as process:
+        wait_for(run_dir / "log" / "rank0.log", "phase probe", process)
+        exported = run_dir / "probe" / "step-000002"
+        deadline = time.monotonic() + 30
+        while not exported.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(rank_pid(process, rank), signal.SIGKILL)
+        began = time.monotonic()
+        output, _ = process.communicate(timeout=30)
+        took = time.monotonic() - began
+        assert not pids_of(process)
+    assert process.returncode != 0
+    assert took < 5, output
+    ending = "\n".join(output.splitlines()[-45:])
+    assert re.search(rf"rank {rank} \({role} 0 on cpu\)|SIGKILL", ending), output
+    assert "probe/real_length" not in (run_dir / "metrics.jsonl").read_text(), "it was over"
+    assert shared_memory() == before
+
+
+def test_sigterm_in_a_probe_ends_it_first_and_saves_a_checkpoint(tiny_job, tmp_path):
+    run_dir = tmp_path / "run"
+    measures = ["data.held_out_samples=8", "trainer.probe_interval=2", "trainer.probe_tokens=60"]
+    start = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *measures,
+                    "trainer.max_steps=5000", f"run_dir={run_dir}")  # fmt: skip
+    with started(start) as process:
+        wait_for(run_dir / "log" / "rank0.log", "phase probe", process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    # Whether the vote on the next step was cast before the probe decides which is the last.
+    stopped = re.search(r"stopped after ([23])\s+steps, checkpoint saved", output)
+    assert stopped, output
+    assert '"probe/real_length"' in (run_dir / "metrics.jsonl").read_text()
+    assert (run_dir / "checkpoint" / f"step-00000{stopped[1]}").is_dir()
+
+
 @pytest.mark.parametrize("victim", ["torchrun", "ranks"])
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tiny_job, tmp_path, victim):
     run_dir = tmp_path / "run"

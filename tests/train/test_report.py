@@ -31,3 +31,12 @@ def test_every_part_has_the_time_since_the_mark_before():
     assert (times.num_steps, times.num_samples, times.num_tokens) == (2, 4, 16)
     times.clear()
     assert sum(times.seconds().values()) == times.host_wait_s == times.num_tokens == 0
+
+
+def test_what_happens_in_a_pause_is_not_in_the_window():
+    times = StepTimes(np.array([3]), torch.device("cpu"))
+    began = times.began
+    with times.paused():
+        time.sleep(0.02)
+    assert 0.02 <= times.began - began <= time.monotonic() - began
+    assert sum(times.seconds().values()) == 0
