@@ -18,6 +18,7 @@ import torch
 from colospec.config import CONF_DIR
 from colospec.demo.target import ensure_target
 from colospec.demo.text import ensure_data, ensure_written
+from colospec.evaluate.report import ReportSettings, find_export, report_run
 from colospec.log import console, to_console
 from colospec.target import Target
 
@@ -35,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     to_console()
     try:
+        if options.report is not None:
+            find_export(options.report)  # before minutes of work
         ensure_target()
         report(options.report or _train_draft(options.overrides))
     except (ValueError, RuntimeError) as error:
@@ -43,8 +46,6 @@ def main(arguments: list[str] | None = None) -> None:
 
 def report(run_dir: Path) -> None:
     """Evaluate the draft of a run on the demo target; print the table and where it is kept."""
-    from colospec.evaluate.report import ReportSettings, report_run
-
     data, target = ensure_data(), Target.load(ensure_target())
     log.info("decoding held-out prompts with the trained draft, an untrained one, and a table")
     # Threads would only wait for each other in so small a model.

@@ -57,6 +57,16 @@ class RunReport:
     curves: Path | None
 
 
+def find_export(run_dir: Path) -> Path:
+    """Return the draft that a run exported. Raises ValueError if there is none."""
+    export = run_dir / "export"
+    if not (export / "config.json").is_file():
+        raise ValueError(
+            f"{run_dir} has no export/config.json; give the directory of a run that ended"
+        )
+    return export
+
+
 def report_run(
     run_dir: Path,
     target: Target,
@@ -70,11 +80,7 @@ def report_run(
     `train_path` is what the bigram table is counted from. Everything runs on the CPU. Raises
     ValueError where `run_dir` has no draft for `target`.
     """
-    export = run_dir / "export"
-    if not (export / "config.json").is_file():
-        raise ValueError(
-            f"{run_dir} has no export/config.json; give the directory of a run that ended"
-        )
+    export = find_export(run_dir)
     tokenizer = load_tokenizer(target.path)
     trained = load_draft(export, target)
     successors = _successors(train_path, tokenizer, target.vocab_size)
