@@ -119,7 +119,7 @@ def colocate_table(results: Path) -> str | None:
         "\nSamples of 2048 tokens per second, Qwen3-8B (random weights) with Eagle3, 32,000 draft "
         "tokens, 7 steps of training-time test, every position supervised; medians of interleaved "
         f"windows; {first['machine']['gpu']}, SGLang {first['versions']['sglang']}, torch "
-        f"{first['versions']['torch']}, commit {first['commit']}. Sum of shares: both x (1 / engine"
+        f"{first['versions']['torch']}, {_commits(found)}. Sum of shares: both x (1 / engine"
         " + 1 / trainer); MFU counts useful operations against 989 TFLOP/s."
     )
     return "\n".join(lines) + "\n" + note
@@ -202,9 +202,9 @@ def dflash_table(results: Path) -> str | None:
     note = (
         "\nSamples per second, Qwen3-8B (random weights) with DFlash: 5 layers, blocks of 16, up "
         f"to 512 anchors per sample; {first['machine']['gpu']}, SGLang "
-        f"{first['versions']['sglang']}, torch {first['versions']['torch']}, commit "
-        f"{first['commit']}. The original colocated system: 7.51 samples/s and 2.96 GPU-hours on "
-        "two H100s."
+        f"{first['versions']['sglang']}, torch {first['versions']['torch']}, "
+        f"{_commits([one for _, one in found])}. The original colocated system: 7.51 "
+        "samples/s and 2.96 GPU-hours on two H100s."
     )
     return "\n".join(lines) + "\n" + note
 
@@ -216,6 +216,10 @@ def _colocated(results: Path, cell: str) -> list[dict]:
         (one for one in records if one["cell"] == cell),
         key=lambda one: (one["gpus"], one["mps"] == "off"),
     )
+
+
+def _commits(records: list[dict]) -> str:
+    return f"commit {', '.join(dict.fromkeys(one['commit'] for one in records))}"
 
 
 def _mps(record: dict) -> str:
