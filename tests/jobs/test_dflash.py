@@ -1,5 +1,6 @@
 """Whole runs of the block drafter: its losses do not depend on the mode, nor on a stop between."""
 
+import pytest
 import torch
 
 from colospec.checkpoint.state import load_model
@@ -34,6 +35,7 @@ def test_alternate_and_a_resumed_run_are_bit_equal_to_colocate(tiny_job, tmp_pat
     assert "fc.weight" in mine
 
 
+@pytest.mark.slow
 def test_two_trainers_divide_by_the_slots_of_both(tiny_job, tmp_path):
     """Their own anchors differ from those of one trainer, so only the size of things is compared:
     a loss or a gradient norm that is a sum, or divided by one rank's slots, would be far off."""

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from colospec.checkpoint.state import load_model
@@ -17,6 +18,7 @@ DRAFT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_in_the_other_mode_ends_with_the_same_weights(tiny_job, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     common = [word for word in tiny_job if not word.startswith("draft.")] + DRAFT

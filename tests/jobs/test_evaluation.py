@@ -141,6 +141,7 @@ def test_a_stop_reaches_an_engine_that_waits_for_the_next_probe(words, tmp_path)
     assert "error: " not in output
 
 
+@pytest.mark.slow
 def test_two_trainers_measure_what_one_measures(tiny_job, tmp_path):
     """Also with the last hidden states in the slots, and with trainers that have no held-out
     micro-batch of their own to bring."""

@@ -72,6 +72,7 @@ def test_a_killed_rank_ends_the_job_in_five_seconds(tiny_job, tmp_path, role, ph
     assert not [name for name in files(run_dir) if ".tmp" in name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("role", ["trainer", "engine"])
 def test_a_rank_killed_in_a_probe_ends_the_job_in_five_seconds(tiny_job, tmp_path, role):
     run_dir = tmp_path / "run"
@@ -115,7 +116,7 @@ def test_sigterm_in_a_probe_ends_it_first_and_saves_a_checkpoint(tiny_job, tmp_p
     assert (run_dir / "checkpoint" / f"step-00000{stopped[1]}").is_dir()
 
 
-@pytest.mark.parametrize("victim", ["torchrun", "ranks"])
+@pytest.mark.parametrize("victim", ["torchrun", pytest.param("ranks", marks=pytest.mark.slow)])
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tiny_job, tmp_path, victim):
     run_dir = tmp_path / "run"
     words = [*tiny_job, f"run_dir={run_dir}"]

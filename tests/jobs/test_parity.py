@@ -54,6 +54,7 @@ def test_alternate_is_bit_equal_to_colocate(one_trainer, tiny_job, tmp_path):
         assert torch.equal(weight, theirs[name]), name
 
 
+@pytest.mark.slow
 def test_copied_leases_give_the_same_losses_as_views(one_trainer, tiny_job, tmp_path):
     run_dir = tmp_path / "run"
     settings = ["trainer.max_steps=100", "trainer.accumulation=2", "ring.lease=copy"]

@@ -1,5 +1,7 @@
 """A whole run of the parallel drafter: it draws its places alike in both modes."""
 
+import pytest
+
 from tests.jobs.start import job, losses
 
 DRAFT = [
@@ -9,6 +11,7 @@ DRAFT = [
 ]
 
 
+@pytest.mark.slow
 def test_colocate_and_a_resumed_run_have_the_same_losses(tiny_job, tmp_path):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     common = [word for word in tiny_job if not word.startswith("draft.")] + DRAFT

@@ -72,7 +72,7 @@ def wait_for_line(path, text, timeout_s=60):
     raise AssertionError(f"{text!r} never came in {path}")
 
 
-@pytest.mark.parametrize("after_step", [5, 13])
+@pytest.mark.parametrize("after_step", [5, pytest.param(13, marks=pytest.mark.slow)])
 def test_everything_killed_at_once_and_started_again_gives_the_same_run(
     whole, few_job, tmp_path, after_step
 ):
