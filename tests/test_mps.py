@@ -463,7 +463,7 @@ def test_shell_scripts_parse(name):
 
 def test_slurm_starts_two_ranks_per_gpu_that_meet_at_the_first_node(tmp_path):
     script(tmp_path / "srun", 'printf "%s\\n" "$@"')
-    script(tmp_path / "scontrol", "echo first; echo second")
+    script(tmp_path / "scontrol", "echo first; seq 100000")  # more than a pipe holds
     gpus_per_node = random.randrange(1, 9)
     done = subprocess.run(
         ["bash", LAUNCH / "slurm.sbatch", "+mode=colocate", "seed=7"],
