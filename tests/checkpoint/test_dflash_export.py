@@ -15,7 +15,7 @@ from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
-from tests.checkpoint.test_export import (
+from tests.checkpoint.exports import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
@@ -24,7 +24,6 @@ from tests.checkpoint.test_export import (
     H,
     V,
     export,
-    make_target,
 )
 
 # The public tensors of a DFlash draft of two layers on five of the target's, spelled out.
@@ -47,11 +46,6 @@ GOLDEN = {
     "norm.weight": [H],
     **{f"layers.{i}.{name}": shape for i in range(2) for name, shape in LAYER.items()},
 }
-
-
-@pytest.fixture
-def target(tmp_path):
-    return make_target(tmp_path / "target-model")
 
 
 IDS = {"mask_token_id": 3, "target_layer_ids": [1, 2, 3, 4, 5]}

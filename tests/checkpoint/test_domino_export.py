@@ -12,13 +12,8 @@ from colospec.checkpoint.warm_start import check_warm_start
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.domino.config import DominoConfig
+from tests.checkpoint.exports import H, V, export
 from tests.checkpoint.test_dflash_export import GOLDEN as BACKBONE
-from tests.checkpoint.test_export import H, V, export, make_target
-
-
-@pytest.fixture
-def target(tmp_path):
-    return make_target(tmp_path / "target-model")
 
 
 def make_draft(target, **settings):

@@ -13,8 +13,8 @@ from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
+from tests.checkpoint.exports import H, V, export
 from tests.checkpoint.test_dflash_export import GOLDEN as BACKBONE
-from tests.checkpoint.test_export import H, V, export, make_target
 
 R = 6
 NESTED = (
@@ -30,11 +30,6 @@ GOLDEN = {
     "gated": {"gate_proj.weight": [R, H + R], "gate_proj.bias": [R]},
     "rnn": {"joint_proj.weight": [3 * R, 2 * R + H], "joint_proj.bias": [3 * R]},
 }
-
-
-@pytest.fixture
-def target(tmp_path):
-    return make_target(tmp_path / "target-model")
 
 
 def make_draft(target, **settings):

@@ -13,7 +13,7 @@ from colospec.config import ExportFormat
 from colospec.draft import registry
 from colospec.draft.base import StepContext
 from colospec.draft.peagle.config import PEagleConfig
-from tests.checkpoint.test_export import (
+from tests.checkpoint.exports import (
     HEAD_DIM,
     HEADS,
     KV_HEADS,
@@ -22,7 +22,6 @@ from tests.checkpoint.test_export import (
     V,
     W,
     export,
-    make_target,
 )
 
 
@@ -48,11 +47,6 @@ GOLDEN = {
     **{f"layers.0.{name}": shape for name, shape in layer(2 * H).items()},
     **{f"layers.1.{name}": shape for name, shape in layer(H).items()},
 }
-
-
-@pytest.fixture
-def target(tmp_path):
-    return make_target(tmp_path / "target-model")
 
 
 def make_draft(target, **settings):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,12 +15,7 @@ from colospec.config import ExportFormat, InitVocab
 from colospec.draft import registry
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
-from tests.checkpoint.test_export import LAYERS, H, V, W, export, make_target
-
-
-@pytest.fixture
-def target(tmp_path):
-    return make_target(tmp_path / "target-model")
+from tests.checkpoint.exports import LAYERS, H, V, W, export
 
 
 def counts_of(*token_ids):
@@ -258,3 +254,11 @@ def test_a_pruned_vocabulary_without_a_head_is_refused(target, tmp_path):
     rewrite(tmp_path / "out", lambda name: None if name == "lm_head.weight" else name)
     with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
         load_draft(tmp_path / "out", target)
+
+
+def test_a_warm_start_from_a_draft_with_other_inputs_is_refused(target, tmp_path):
+    config, draft = make_draft(target, random_counts())
+    export(draft, config, target, tmp_path / "out")
+    check_warm_start(config, tmp_path / "out", target)
+    with pytest.raises(ValueError, match=r"trainer\.init_from=.*draft\.norm_output: False -> True"):
+        check_warm_start(replace(config, norm_output=True), tmp_path / "out", target)
