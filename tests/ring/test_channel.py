@@ -1,105 +1,34 @@
 """Writer and Reader between real processes: order, mismatches, deaths, silence."""
 
 import gc
-import multiprocessing as mp
 import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from colospec.batch import Cursor, FeatureSpec, TokenBatch
 from colospec.ring import Closed, Corrupt, PeerDied, PeerFailed, RingTimeout, SpecMismatch
 from colospec.ring.channel import Reader, Writer
 from colospec.ring.handshake import Offer, compare
 from colospec.ring.memory import Process, SharedFile, map_foreign
 from colospec.ring.spec import Agreement
-from tests.ring.samples import (
-    SPEC,
-    DirectoryStore,
-    MemoryStore,
-    open_ring,
-    random_tokens,
-    settings,
+from tests.ring.samples import SPEC, DirectoryStore, MemoryStore, open_ring, random_tokens, settings
+from tests.ring.sides import (
+    SMALL,
+    be_engine,
+    be_trainer,
+    meet,
+    process,
+    publish,
+    receive,
+    tiny_batch,
 )
 
-SMALL = FeatureSpec((0,), last_hidden_states=True, hidden_size=4, dtype=torch.float32)
 SOON_S = 1.0
-
-
-def tiny_batch(index):
-    """One document of one token, which is `index`."""
-    token, mask = torch.tensor([index]), torch.tensor([True])
-    return TokenBatch.pack(Cursor(0, index, index), [index], [token], [mask])
-
-
-def publish(writer, index, timeout_s=20.0):
-    views = writer.acquire(tiny_batch(index), timeout_s=timeout_s)
-    views.aux_hidden_states.fill_(index)
-    views.last_hidden_states.fill_(-index)
-    writer.publish()
-
-
-def receive(reader, index, timeout_s=20.0):
-    with reader.acquire(timeout_s=timeout_s) as lease:
-        assert lease.cursor == Cursor(0, index, index)
-        assert lease.digest == tiny_batch(index).digest
-        assert lease.features.aux_hidden_states.eq(index).all()
-        assert lease.features.last_hidden_states.eq(-index).all()
-
-
-def be_engine(directory, spec, changes, num_batches, ending, report):
-    """An engine process: publish, then end, fail, or wait to be killed."""
-    try:
-        writer = Writer(DirectoryStore(directory), "0", spec, **settings(**changes))
-        for index in range(num_batches):
-            publish(writer, index)
-        if ending == "hang":
-            report.send("hanging")
-            time.sleep(60)
-        writer.end() if ending == "end" else writer.fail("the engine ran out of memory")
-        writer.close()
-        report.send("closed")
-    except Exception as error:
-        report.send(f"{type(error).__name__}: {error}")
-
-
-def be_trainer(directory, spec, changes, num_batches, ending, report):
-    """A trainer process: read, then close, raise without closing, or wait to be killed."""
-    try:
-        reader = Reader(DirectoryStore(directory), "0", spec, **settings(**changes))
-        for index in range(num_batches):
-            receive(reader, index)
-        report.send("hanging")
-        if ending == "hang":
-            time.sleep(60)
-        if ending == "raise":
-            raise ZeroDivisionError("in the trainer's step")
-        reader.close()
-    except SpecMismatch as error:
-        report.send(f"{type(error).__name__}: {error}")
-
-
-@contextmanager
-def process(target, *arguments):
-    """Run `target` in a process; gives (process, connection for its reports)."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ring.test_channel"])
-    here, there = context.Pipe(duplex=False)
-    child = context.Process(target=target, args=(*arguments, there))
-    child.start()
-    there.close()
-    try:
-        yield child, here
-    finally:
-        child.kill()
-        child.join(10)
-        here.close()
 
 
 def test_ten_thousand_micro_batches_arrive_in_order_between_processes(tmp_path):
@@ -299,26 +228,6 @@ def test_side_that_does_not_come_is_named():
         Reader(MemoryStore(), "5", SMALL, **settings(timeout_s=0.05))
     with pytest.raises(RingTimeout, match="trainer of ring 5"):
         Writer(MemoryStore(), "5", SMALL, **settings(timeout_s=0.05))
-
-
-def meet(store, spec=SMALL):
-    """Start a Writer in a thread; return a function that waits for it and returns its error."""
-    errors = []
-
-    def write():
-        try:
-            Writer(store, "0", spec, **settings())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=write)
-    thread.start()
-
-    def error():
-        thread.join(20)
-        return errors[0]
-
-    return error
 
 
 def forge(store, **changes):

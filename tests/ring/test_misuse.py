@@ -18,7 +18,7 @@ from colospec.ring.handshake import Offer
 from colospec.ring.memory import SharedFile
 from colospec.ring.spec import Note
 from tests.ring.samples import DirectoryStore, MemoryStore, open_ring, settings
-from tests.ring.test_channel import SMALL, meet, process, publish, receive
+from tests.ring.sides import SMALL, meet, process, publish, receive
 
 SOON_S = 1.0
 
