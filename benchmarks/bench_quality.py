@@ -304,7 +304,7 @@ def _trained(rows: list[dict[str, float]]) -> dict[str, Any]:
     places = sum(name.startswith("train/acc_") for name in last[0])
     return {
         "train_loss": mean("train/loss"),
-        "train_simulated": mean("train/simulated_acceptance_length"),
+        "train_simulated_acceptance_length": mean("train/simulated_acceptance_length"),
         "train_accuracies": [mean(f"train/acc_{place}") for place in range(places)],
         "tokens_per_s": mean("perf/tokens_per_s"),
         "loss_tokens_per_step": mean("perf/loss_tokens_per_step"),

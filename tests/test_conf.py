@@ -98,7 +98,7 @@ def test_missing_mode_lists_the_modes():
         (["trainer.best_metric=eval/loss"], "never measured; set trainer.eval_interval"),
         (
             [
-                "trainer.best_metric=probe/real_length",
+                "trainer.best_metric=probe/real_acceptance_length",
                 "trainer.probe_interval=4",
                 "data.held_out_samples=9",
                 "trainer.save_interval=6",

@@ -35,7 +35,7 @@ def draw_curves(metrics: Path, image: Path, *, real: dict[str, float] | None = N
         _line(accuracy, rows, name, label=f"token {_step(name) + 1}")
     accuracy.set_title("accuracy by drafted token")
     _line(length, rows, "train/simulated_acceptance_length", label="simulated (training)")
-    _line(length, lines, "probe/real_length", label="real (probes)")
+    _line(length, lines, "probe/real_acceptance_length", label="real (probes)")
     for number, (name, value) in enumerate((real or {}).items()):
         length.axhline(value, color=f"C{number + 2}", linestyle="--", label=f"real: {name}")
     length.set_title("acceptance length, bonus token counted")

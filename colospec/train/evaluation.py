@@ -28,7 +28,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the means over the held-out samples, by the metrics' names (all trainers together).
 
-    `simulated_length` is added. Waits for the device.
+    `simulated_acceptance_length` is added. Waits for the device.
     """
     sums = Sums()
     for tokens in job.micro_batches(evaluation, world.place.role_rank):
@@ -42,7 +42,7 @@ def evaluate(
         world.watchdog.beat()
     reshard(draft)
     values = sums.fetch(reduce=dist.all_reduce)
-    return values | {"simulated_length": simulated_acceptance_length(accuracies(values))}
+    return values | {"simulated_acceptance_length": simulated_acceptance_length(accuracies(values))}
 
 
 def held_out_context(job: Job, evaluation: Evaluation, tokens: TokenBatch) -> StepContext:

@@ -123,9 +123,9 @@ class Probe:
         if self._world.place.role_rank == 0:
             self._conclude(measured, seconds)
         return {
-            "real_length": measured.real,
-            "simulated_length": measured.trained,
-            "exported_simulated_length": measured.exported,
+            "real_acceptance_length": measured.real,
+            "simulated_acceptance_length": measured.trained,
+            "exported_simulated_acceptance_length": measured.exported,
             "gap": measured.gap,
             "s": seconds,
         }
@@ -138,7 +138,7 @@ class Probe:
         settings: DecodingSettings,
     ) -> tuple[FeatureBatch, Acceptance, float]:
         """Return the decoded texts with their features, what decoding gave, and the exported
-        draft's simulated length."""
+        draft's simulated acceptance length."""
         job, device = self._job, self._world.device
         export_draft(
             state,

@@ -173,7 +173,7 @@ class Reporter:
             right = " ".join(f"{value:.2f}" for value in accuracies(values)[:3])
             log.info(
                 "eval step %d: loss %.3f  acc %s  sim-accept %.2f",
-                step, values["loss"], right, values["simulated_length"],
+                step, values["loss"], right, values["simulated_acceptance_length"],
             )  # fmt: skip
         return metrics
 

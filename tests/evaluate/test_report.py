@@ -128,7 +128,7 @@ def test_curves_show_what_was_measured_on_held_out_samples(tmp_path: Path) -> No
         {"step": step, "train/loss": 3 / step, "train/simulated_acceptance_length": 1.0 + step}
         for step in (1, 2)
     ]
-    measured = [{"step": 1, "eval/loss": 4.0}, {"step": 2, "probe/real_length": 2.0}]
+    measured = [{"step": 1, "eval/loss": 4.0}, {"step": 2, "probe/real_acceptance_length": 2.0}]
     images = []
     for lines in (rows, rows + measured):
         metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))

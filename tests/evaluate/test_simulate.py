@@ -14,7 +14,7 @@ from tests.evaluate.models import CPU, Untrained, greedy_texts
 
 
 @given(st.lists(st.floats(0, 1), max_size=8))
-def test_simulated_length_sums_cumulative_products(accuracies: list[float]) -> None:
+def test_simulated_acceptance_length_sums_cumulative_products(accuracies: list[float]) -> None:
     expected = 1.0
     for end in range(1, len(accuracies) + 1):
         expected += torch.tensor(accuracies[:end], dtype=torch.float64).prod().item()

@@ -49,9 +49,11 @@ def test_evaluations_and_probes_leave_training_as_it_is(words, tmp_path, draft):
     assert {step for step, name in values if name == "eval/loss"} == {4, 8, 12}
     assert values[12, "eval/loss"] < values[4, "eval/loss"]
     for step in (6, 12):
-        assert 1 <= values[step, "probe/real_length"] <= 4
+        assert 1 <= values[step, "probe/real_acceptance_length"] <= 4
         # Training computes in bfloat16 too, from the very numbers that are exported.
-        exported = values[step, "probe/exported_simulated_length"]
-        assert exported == pytest.approx(values[step, "probe/simulated_length"], rel=1e-3)
+        exported = values[step, "probe/exported_simulated_acceptance_length"]
+        assert exported == pytest.approx(
+            values[step, "probe/simulated_acceptance_length"], rel=1e-3
+        )
     assert "export bug" not in output
     assert not files(runs["measured"] / "probe")

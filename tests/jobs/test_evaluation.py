@@ -64,8 +64,13 @@ def test_evaluations_come_when_they_are_due_and_at_the_end(whole):
     for step, name in measured(run_dir):
         names[name].add(step)
     accuracies = {f"eval/acc_{place}" for place in range(3)}
-    assert {"eval/loss", "eval/simulated_length"} | accuracies <= names.keys()
-    probed = {"real_length", "simulated_length", "exported_simulated_length", "gap"}
+    assert {"eval/loss", "eval/simulated_acceptance_length"} | accuracies <= names.keys()
+    probed = {
+        "real_acceptance_length",
+        "simulated_acceptance_length",
+        "exported_simulated_acceptance_length",
+        "gap",
+    }
     assert {name for name in names if name.startswith("probe/")} == {f"probe/{n}" for n in probed}
     for name, steps in names.items():
         assert steps == ({4, 8, 12, 14} if name.startswith("eval/") else {6, 12, 14}), name
@@ -88,9 +93,12 @@ def test_the_draft_that_is_measured_is_the_one_that_comes_back_from_the_export(w
     run_dir, output = whole
     values = measured(run_dir)
     for step in (6, 12, 14):
-        lengths = [values[step, f"probe/{name}"] for name in ("real_length", "simulated_length")]
+        lengths = [
+            values[step, f"probe/{name}"]
+            for name in ("real_acceptance_length", "simulated_acceptance_length")
+        ]
         assert all(1 <= length <= 4 for length in lengths)
-        exported = values[step, "probe/exported_simulated_length"]
+        exported = values[step, "probe/exported_simulated_acceptance_length"]
         assert exported == pytest.approx(lengths[1], rel=0.05), "rounded to bfloat16, no more"
     assert "export bug" not in output
     assert not files(run_dir / "probe"), "the exports of probes without an alarm are gone"

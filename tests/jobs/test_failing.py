@@ -96,7 +96,9 @@ def test_a_rank_killed_in_a_probe_ends_the_job_in_five_seconds(tiny_job, tmp_pat
     assert took < 5, output
     ending = "\n".join(output.splitlines()[-45:])
     assert re.search(rf"rank {rank} \({role} 0 on cpu\)|SIGKILL", ending), output
-    assert "probe/real_length" not in (run_dir / "metrics.jsonl").read_text(), "it was over"
+    assert "probe/real_acceptance_length" not in (run_dir / "metrics.jsonl").read_text(), (
+        "it was over"
+    )
     assert shared_memory() == before
 
 
@@ -112,7 +114,7 @@ def test_sigterm_in_a_probe_ends_it_first_and_saves_a_checkpoint(tiny_job, tmp_p
     # Whether the vote on the next step was cast before the probe decides which is the last.
     stopped = re.search(r"stopped after ([23])\s+steps, checkpoint saved", output)
     assert stopped, output
-    assert '"probe/real_length"' in (run_dir / "metrics.jsonl").read_text()
+    assert '"probe/real_acceptance_length"' in (run_dir / "metrics.jsonl").read_text()
     assert (run_dir / "checkpoint" / f"step-00000{stopped[1]}").is_dir()
 
 

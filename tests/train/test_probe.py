@@ -113,12 +113,16 @@ def test_an_export_with_wrong_rows_is_an_alarm_and_a_right_one_is_not(run, tmp_p
     ((first, right, wrong, messages, left),) = run_ranks(
         probe_a_learnt_draft, 1, run, tmp_path, timeout_s=120
     )
-    assert first["real_length"] < 1.6
-    assert right["simulated_length"] > 2.5
-    assert right["real_length"] > 2.2
-    assert right["exported_simulated_length"] == pytest.approx(right["simulated_length"], rel=0.1)
-    assert wrong["simulated_length"] == right["simulated_length"], "the trained draft is the same"
-    assert wrong["real_length"] < 1.6
+    assert first["real_acceptance_length"] < 1.6
+    assert right["simulated_acceptance_length"] > 2.5
+    assert right["real_acceptance_length"] > 2.2
+    assert right["exported_simulated_acceptance_length"] == pytest.approx(
+        right["simulated_acceptance_length"], rel=0.1
+    )
+    assert wrong["simulated_acceptance_length"] == right["simulated_acceptance_length"], (
+        "the trained draft is the same"
+    )
+    assert wrong["real_acceptance_length"] < 1.6
     assert wrong["gap"] > 0.3
     assert ["export bug" in message for message in messages] == [False, False, True, True]
     assert "colospec.evaluate --target" in messages[2]

@@ -8,7 +8,7 @@ import pytest
 from colospec.train.result import write_result
 
 
-@pytest.mark.parametrize(("name", "sign"), [("eval/loss", 1), ("probe/real_length", -1)])
+@pytest.mark.parametrize(("name", "sign"), [("eval/loss", 1), ("probe/real_acceptance_length", -1)])
 def test_the_objective_is_lower_for_the_better(tmp_path, name, sign):
     value = random.random()
     write_result(tmp_path, name, {name: value, "train/loss": 9.0}, steps=7)
