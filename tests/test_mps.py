@@ -15,12 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch.distributed import HashStore
-from torch.overrides import TorchFunctionMode
 
 from colospec.config import Mode, MpsUse, RunConfig
-from colospec.mps import directory, gpus, products, start
+from colospec.mps import directory, start
 from colospec.mps.client import NO_PIPE, Mps, bootstrap, check_users_daemon
 from colospec.mps.control import Control
 from colospec.mps.errors import MpsError
@@ -213,67 +211,6 @@ def test_keeper_imports_neither_torch_nor_settings():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# Directories.
-
-
-def test_sweep_leaves_links_files_and_other_users_directories_alone(root, tmp_path):
-    (root / "colospec-mps-link").symlink_to(tmp_path)
-    (root / "colospec-mps-file").write_text("mine")
-    (root / "colospec-mps-open").mkdir(mode=0o755)
-    (root / "other").mkdir(mode=0o700)
-    (root / "colospec-mps-dead").mkdir(mode=0o700)
-    if os.getuid() == 0:
-        (root / "colospec-mps-foreign").mkdir(mode=0o700)
-        os.chown(root / "colospec-mps-foreign", 65534, 65534)
-    before = {path.name for path in root.iterdir()}
-    directory.sweep(root)
-    assert {path.name for path in root.iterdir()} == before - {"colospec-mps-dead"}
-    assert tmp_path.is_dir()
-
-
-def test_a_locked_directory_is_never_swept(root):
-    with directory.private_directory(root) as home:
-        directory.sweep(root)
-        assert (home / "pipe").is_dir()
-    assert not home.exists()
-
-
-def test_a_root_that_others_may_change_is_refused(root, tmp_path):
-    (tmp_path / "link").symlink_to(root)
-    for path, words in ((tmp_path / "link", "symbolic link"), (tmp_path / "none", "No such file")):
-        with pytest.raises(MpsError, match=words), directory.private_directory(path):
-            pass
-    root.chmod(0o777)
-    with pytest.raises(MpsError, match="chmod"), directory.private_directory(root):
-        pass
-
-
-# GPUs.
-
-
-def test_visible_gpus_are_resolved_to_uuids_in_their_order():
-    assert [gpu.uuid for gpu in gpus.visible()] == UUIDS
-    for value, wanted in [
-        ("2,0", [UUIDS[2], UUIDS[0]]),
-        (f"{UUIDS[3]}, 1", [UUIDS[3], UUIDS[1]]),
-        (UUIDS[1][:9], [uuid for uuid in UUIDS if uuid.startswith(UUIDS[1][:9])]),
-        ("1,-1,2", [UUIDS[1]]),
-        ("", []),
-    ]:
-        os.environ["CUDA_VISIBLE_DEVICES"] = value
-        assert [gpu.uuid for gpu in gpus.visible()] == wanted
-    assert gpus.installed()[2].memory_mib == 3000
-
-
-@pytest.mark.parametrize(
-    ("value", "words"), [("7", "'7' is not one of"), ("1,1", "twice"), ("MIG-1", "slices")]
-)
-def test_gpus_that_do_not_exist_are_named(value, words):
-    os.environ["CUDA_VISIBLE_DEVICES"] = value
-    with pytest.raises(MpsError, match=words):
-        gpus.visible()
-
-
 # Ranks.
 
 
@@ -406,7 +343,7 @@ def test_users_daemons_that_cannot_serve_are_refused(root, owner, monkeypatch):
             check_users_daemon(dead.pipe)
 
 
-# The command line and the launch scripts.
+# The command line and the local script.
 
 
 def test_shell_commands_start_list_and_stop_a_daemon(root):
@@ -454,93 +391,3 @@ def test_local_script_leaves_no_daemon_whatever_ends_it(tmp_path, ending):
     assert code == {"done": 0, "failed": 7, "TERM": 143, "INT": 130, "KILL": -9}[ending]
     assert pipe.parent.parent == directory.ROOT
     wait_for(lambda: not pipe.parent.exists())
-
-
-@pytest.mark.parametrize("name", ["local.sh", "slurm.sbatch"])
-def test_shell_scripts_parse(name):
-    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
-
-
-def test_slurm_starts_two_ranks_per_gpu_that_meet_at_the_first_node(tmp_path):
-    script(tmp_path / "srun", 'printf "%s\\n" "$@"')
-    script(tmp_path / "scontrol", "echo first; seq 100000")  # more than a pipe holds
-    gpus_per_node = random.randrange(1, 9)
-    done = subprocess.run(
-        ["bash", LAUNCH / "slurm.sbatch", "+mode=colocate", "seed=7"],
-        capture_output=True, text=True, check=True,
-        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "123456",
-             "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": str(gpus_per_node),
-             "SLURM_SUBMIT_DIR": "/shared/clone", "SLURM_JOB_NODELIST": "n[1-2]"},
-    )  # fmt: skip
-    words = done.stdout.splitlines()
-    assert "--nnodes=2" in words
-    assert f"--nproc-per-node={2 * gpus_per_node}" in words
-    assert "--rdzv-endpoint=first:23456" in words
-    assert words[-3:] == ["+mode=colocate", "seed=7", "run_dir=/shared/clone/outputs/slurm-123456"]
-
-
-def test_kubernetes_job_shares_what_ranks_need():
-    yaml = pytest.importorskip("yaml")
-    service, job = yaml.safe_load_all((LAUNCH / "k8s.yaml").read_text())
-    assert service["spec"]["clusterIP"] == "None"
-    pod = job["spec"]["template"]["spec"]
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert job["spec"]["completionMode"] == "Indexed"
-    (container,) = pod["containers"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    assert "/dev/shm" in mounts.values()
-    limits = container["resources"]["limits"]
-    words = " ".join(container["command"])
-    assert f"--nproc-per-node={2 * limits['nvidia.com/gpu']}" in words
-    assert f"--nnodes={job['spec']['completions']}" in words
-
-
-# Products.
-
-
-class FaultyKernels(TorchFunctionMode):
-    """Matrix products with one wrong tile, or NaN in one place."""
-
-    def __init__(self, wrong):
-        super().__init__()
-        self.wrong = wrong
-
-    def __torch_function__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        is_product = function in (torch.Tensor.matmul, torch.Tensor.__matmul__)
-        if is_product and result.dtype is torch.bfloat16:
-            row = random.randrange(0, result.shape[0], 64)
-            size = 64 if self.wrong == 0.0 else 1
-            result[row : row + size, :size] = self.wrong
-        return result
-
-
-def test_right_products_pass_in_whole_and_in_samples():
-    before = torch.get_rng_state()
-    products.check_shape(torch.device("cpu"), (96, 130, 200))
-    products.check_shape(torch.device("cpu"), (1030, 900, 700))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("shape", [(100, 64, 200), (1030, 900, 700)])
-@pytest.mark.parametrize("wrong", [0.0, float("nan")])
-def test_one_wrong_tile_is_found_and_named(monkeypatch, shape, wrong):
-    monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "42")
-    m, k, n = shape
-    words = rf"\[{m}, {k}\] -> \[{m}, {n}\].*mps.engine_threads"
-    with pytest.raises(RuntimeError, match=words), FaultyKernels(wrong):
-        products.check_shape(torch.device("cpu"), shape)
-
-
-def test_model_shapes_are_those_of_its_layers(tmp_path):
-    from colospec.target import Target
-
-    config = {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936,
-              "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-              "intermediate_size": 12288}  # fmt: skip
-    target = Target.from_config(tmp_path, config)
-    assert products.model_shapes(target, tokens=8192, tp=2, draft_vocab_size=32000) == [
-        (8192, 4096, 3072), (8192, 2048, 4096), (8192, 4096, 12288), (8192, 6144, 4096),
-        (8192, 4096, 32000),
-    ]  # fmt: skip
