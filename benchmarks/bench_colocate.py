@@ -20,22 +20,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import flops
 import numpy as np
+import record
 import torch
-from bench_ring import RESULTS, commit, machine
-from colocate_rank import settings
-from workloads import CELLS, TINY_TARGET, Cell, loss_mask, write_dataset
+from workloads import CELLS, TINY_TARGET, Cell, loss_mask, settings, write_dataset
 
 from colospec.batch import Cursor, TokenBatch
 from colospec.config import RunConfig
@@ -200,7 +197,7 @@ def summarise(
     }  # fmt: skip
     median = {kind: statistics.median(values) for kind, values in rates.items()}
     tflops = {kind: median[kind] * needs[kind] / gpus / 1e12 for kind in median}
-    peak = flops.PEAK.get(machine()["gpu"] or "", 0.0) / 1e12
+    peak = flops.PEAK.get(record.machine()["gpu"] or "", 0.0) / 1e12
     last = trainer["both"][-1][0]
     used = [max(r["used_gib"] for r in w) for w in trainer["both"]]
     per_step = last["num_samples"] / last["num_steps"]
@@ -246,12 +243,10 @@ def summarise(
     }  # fmt: skip
 
 
-def show(record: dict[str, Any]) -> None:
+def show(kept: dict[str, Any]) -> None:
     """Print the figures."""
-    figures = record["figures"]
-    print(
-        f"\n{record['cell']}, {record['gpus']} GPUs, mps={record['mps']}, engine {record['engine']}"
-    )
+    figures = kept["figures"]
+    print(f"\n{kept['cell']}, {kept['gpus']} GPUs, mps={kept['mps']}, engine {kept['engine']}")
     print(f"{'':10}{'samples/s':>12}{'tokens/s':>12}{'TFLOP/s/GPU':>13}{'MFU':>8}")
     for kind, value in figures["samples_per_s"].items():
         mfu = f"{figures['mfu'][kind]:.1%}" if figures["mfu"] else "-"
@@ -272,22 +267,6 @@ def show(record: dict[str, Any]) -> None:
     print(f"GiB used of a device after each window: {memory}")
 
 
-def versions() -> dict[str, str | None]:
-    """Return what the figures depend on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = None
-    if shutil.which("nvidia-smi"):
-        shown = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        driver = shown.partition("\n")[0].strip() or None
-    found: dict[str, str | None] = {"driver": driver}
-    for name in ("torch", "triton", "transformers", "sglang"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -299,8 +278,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5, help="of each kind")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each window")
     parser.add_argument("--limit", type=float, default=3000.0, help="seconds for the whole job")
-    parser.add_argument("--tiny", action="store_true", help="a tiny target on the CPU, in seconds")
-    parser.add_argument("--out", type=Path, help="write the record here")
+    record.add_arguments(parser, tiny="a tiny target on the CPU, in seconds")
     parser.add_argument("overrides", nargs="*", help="further settings, as ring.num_slots=4")
     arguments = parser.parse_args()
     if arguments.tiny:
@@ -318,7 +296,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-colocate-") as name:
         run, ranks = run_job(arguments, Path(name))
         figures = summarise(run, ranks, *samples(CELLS[arguments.cell]), arguments.gpus)
-    record = {
+    origin = record.origin(arguments.commit)
+    kept = {
         "benchmark": "colocate",
         "cell": arguments.cell,
         "gpus": arguments.gpus,
@@ -326,21 +305,15 @@ def main() -> None:
         "engine": arguments.engine,
         "windows": arguments.windows,
         "seconds": arguments.seconds,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "machine": origin["machine"],
+        "versions": record.versions(),
+        "commit": origin["commit"],
+        "command": origin["command"],
         "figures": figures,
     }
-    show(record)
+    show(kept)
     mps = "off" if arguments.mps == "off" else "mps"
-    out = arguments.out
-    if out is None and not arguments.tiny:
-        out = RESULTS / f"colocate-{arguments.cell}-{arguments.gpus}-{mps}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {out}")
+    record.write(kept, arguments, name=f"colocate-{arguments.cell}-{arguments.gpus}-{mps}.json")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_ring import RESULTS, commit, machine
+from record import RESULTS, commit, machine
 from torch import Tensor
 
 from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
