@@ -36,9 +36,6 @@ from workloads import CELLS, TINY_TARGET, Cell, loss_mask, settings, write_datas
 
 from colospec.batch import Cursor, TokenBatch
 from colospec.config import RunConfig
-from colospec.draft import registry
-from colospec.draft.anchors import build_blocks, sample_anchors
-from colospec.draft.dflash.config import DFlashConfig
 from colospec.launch import visible_gpus
 from colospec.mps.keeper import die_with
 from colospec.target import Target
@@ -69,6 +66,8 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
         (directory / "tiny" / "config.json").write_text(json.dumps(TINY_TARGET))
         overrides.append(f"target.path={directory / 'tiny'}")
     run = settings(overrides)
+    if run.draft.algorithm not in flops.FORMULAS:
+        sys.exit(f"error: benchmarks/flops.py has no formula for draft={run.draft.algorithm}")
     target = load_target(run)
     lengths, mask = samples(cell)
     plan = {
@@ -133,47 +132,18 @@ def work_per_sample(
 ) -> dict[str, float]:
     """Return floating-point operations and supervised positions of the mean sample."""
     sizes = lengths.tolist()
-    step, positions = (
-        _dflash_work(run.draft, target, lengths, mask)
-        if isinstance(run.draft, DFlashConfig)
-        else _eagle3_work(run.draft, target, sizes)
+    masks = [torch.from_numpy(part) for part in np.split(mask, lengths.cumsum()[:-1])]
+    ids = [torch.zeros(len(part), dtype=torch.int64) for part in masks]
+    work = flops.step(
+        run.draft, target, TokenBatch.pack(Cursor(0, 0, 0), range(len(ids)), ids, masks)
     )
+    assert work is not None
     return {
         "tokens": float(lengths.mean()),
         "prefill_flop": flops.prefill(target, sizes) / len(sizes),
-        "train_flop": step / len(sizes),
-        **{name: count / len(sizes) for name, count in positions.items()},
+        "train_flop": work.flop / len(sizes),
+        **{name: count / len(sizes) for name, count in work.counts.items()},
     }
-
-
-def _eagle3_work(draft: Any, target: Target, sizes: list[int]) -> tuple[float, dict[str, int]]:
-    supervised = flops.Supervised.of(sizes, ttt_length=draft.ttt_length)
-    step = flops.eagle3(
-        target, sizes, supervised=supervised, ttt_length=draft.ttt_length,
-        draft_vocab_size=draft.draft_vocab_size,
-    )  # fmt: skip
-    counted = {
-        "teacher_rows": supervised.teacher_rows, "supervised_positions": supervised.positions,
-    }  # fmt: skip
-    return step, counted
-
-
-def _dflash_work(
-    draft: DFlashConfig, target: Target, lengths: np.ndarray, mask: np.ndarray
-) -> tuple[float, dict[str, int]]:
-    """Count one draw of anchors."""
-    masks = [torch.from_numpy(part) for part in np.split(mask, lengths.cumsum()[:-1])]
-    ids = [torch.zeros(len(part), dtype=torch.int64) for part in masks]
-    tokens = TokenBatch.pack(Cursor(0, 0, 0), range(len(ids)), ids, masks)
-    anchors = sample_anchors(
-        tokens, num_anchors=draft.num_anchors, generator=torch.Generator().manual_seed(0)
-    )
-    blocks = build_blocks(tokens, anchors, block_size=draft.block_size, mask_token_id=0)
-    drafted = flops.Drafted.of(blocks)
-    num_aux = len(registry.features(draft, target).aux_layer_ids)
-    step = flops.dflash(target, drafted, num_layers=draft.num_layers, num_aux=num_aux)
-    counted = {"blocks": len(anchors), "supervised_positions": drafted.positions}
-    return step, counted
 
 
 def summarise(

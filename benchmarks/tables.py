@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quality_table import quality_table
 from record import RESULTS, machine
+from step_table import step_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -231,6 +232,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "split": split_table,
     "original": original_table,
     "dflash": dflash_table,
+    "step": step_table,
     "quality": quality_table,
 }
 
