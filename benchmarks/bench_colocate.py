@@ -3,6 +3,8 @@
     python benchmarks/bench_colocate.py --gpus 2 --mps require --out FILE
     python benchmarks/bench_colocate.py --tiny                              # this machine's CPU
 
+`make bench-gpu` runs the cell `qwen3_8b` on one GPU, with MPS and without.
+
 Starts one torchrun of two ranks per GPU, which are those of a colocated run (see colocate_rank.py):
 target with random weights, synthetic token ids, every position supervised. The cell `qwen3_8b` is
 Qwen3-8B with Eagle3 (draft vocabulary of 32,000, 7 steps of training-time test) on four documents
@@ -238,9 +240,7 @@ def show(kept: dict[str, Any]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, tiny="a tiny target on the CPU, in seconds")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--cell", choices=sorted(CELLS), default="qwen3_8b")
     parser.add_argument("--mps", choices=("require", "off"), default="require")
@@ -248,7 +248,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5, help="of each kind")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each window")
     parser.add_argument("--limit", type=float, default=3000.0, help="seconds for the whole job")
-    record.add_arguments(parser, tiny="a tiny target on the CPU, in seconds")
     parser.add_argument("overrides", nargs="*", help="further settings, as ring.num_slots=4")
     arguments = parser.parse_args()
     if arguments.tiny:

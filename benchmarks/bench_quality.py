@@ -13,7 +13,6 @@ bench goes on; a measurement that fails is told, and left out of the record.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import subprocess
@@ -312,14 +311,11 @@ def _short(row: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Run, and write the record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, tiny="tiny sizes, on a CPU too")
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the target's, samples' and drafts' training"
     )
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from it")
-    record.add_arguments(parser, tiny="tiny sizes, on a CPU too")
     arguments = parser.parse_args()
     kept = arguments.work and (arguments.work / "origin.json").is_file()
     if not (arguments.tiny or kept or torch.cuda.is_available()):

@@ -15,7 +15,6 @@ size:
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing as mp
 import statistics
 import time
@@ -70,7 +69,7 @@ class PickleQueue(Private):
     def send(self) -> None:
         self._queue.put(self._work.numpy().tobytes())
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         payload = bytearray(self._queue.get(timeout=60))
         use(Features(torch.frombuffer(payload, dtype=torch.float32), None))
 
@@ -89,7 +88,7 @@ class SharedTensorQueue(Private):
     def send(self) -> None:
         self._queue.put(self._work)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         use(Features(self._queue.get(timeout=60), None))
 
 
@@ -103,7 +102,7 @@ class Gloo(Private):
     def send(self) -> None:
         dist.send(self._work, self._peer)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         dist.recv(self._work, self._peer)
         use(Features(self._work, None))
 
@@ -190,9 +189,7 @@ def run_cases(sizes_mib: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run all cases, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    record.add_arguments(parser, tiny="the smallest payload alone")
-    arguments = parser.parse_args()
+    arguments = record.parser(__doc__, tiny="the smallest payload alone").parse_args()
     torch.set_num_threads(1)
     results = run_cases(SIZES_MIB[:1] if arguments.tiny else SIZES_MIB)
     kept = {"benchmark": "ring", **record.origin(arguments.commit), "rows": results}

@@ -18,7 +18,6 @@ the transport allows it, else into memory of its own. Per transport and size, me
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -34,6 +33,7 @@ import torch.multiprocessing as torch_mp
 from ring_parts import MIB, Ring, Transport, Wiring, consumer, hand_over, one_by_one
 
 from colospec.batch import Features, FeatureSpec
+from colospec.ring.channel import Payload
 
 SIZES_MIB = (1, 4, 16, 64, 160, 256, 512)
 WIDTH = 4096
@@ -75,7 +75,7 @@ class ReduceTensor:
             self._acks.get(timeout=60)
             self._sent.pop(0)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         use(Features(*self._queue.get(timeout=60)))
         torch.cuda.current_stream().synchronize()
         self._acks.put(1)
@@ -102,7 +102,7 @@ class Gloo:
         self._staging.copy_(torch.cat([aux, last], dim=-1))
         dist.send(self._staging, self._peer)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         dist.recv(self._staging, self._peer)
         both = self._staging.to(DEVICE)
         use(Features(both[:, : NUM_AUX * WIDTH], both[:, NUM_AUX * WIDTH :]))
@@ -110,7 +110,7 @@ class Gloo:
     def close(self) -> None: ...
 
 
-def _ring(slots: int, payload: str) -> Callable[[Queues, int, bool], Transport]:
+def _ring(slots: int, payload: Payload) -> Callable[[Queues, int, bool], Transport]:
     return lambda wiring, rows, is_producer: Ring(
         wiring, SPEC, rows, is_producer, slots=slots, device=DEVICE, payload=payload
     )
@@ -282,9 +282,7 @@ def run_cases() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run all cases and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    record.add_arguments(parser)
-    arguments = parser.parse_args()
+    arguments = record.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
         sys.exit("error: bench_ring_gpu.py needs a CUDA GPU; bench_ring.py measures the CPU")
     origin = record.origin(arguments.commit)

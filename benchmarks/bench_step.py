@@ -14,10 +14,10 @@ the draft can say. Per algorithm and path:
 - loss, attention, layer: of Eagle3 alone, forward and backward of that part of all TTT steps.
 - TFLOP/s counts the matrix products that must be done, nothing twice, where flops.py has a formula.
 
-On a GPU the plain path is measured once, and skipped where memory does not suffice. Each
-algorithm runs in a process of its own with its share of --limit, and what one loses the others
-keep. A run of all of them goes to benchmarks/results, one of some to --out alone. On a CPU there is
-only the plain path.
+On a GPU the plain path is measured once, and skipped where memory does not suffice; on a CPU there
+is no other. Each algorithm runs in a process of its own with its share of --limit, and what one
+loses the others keep. A run of all of them as they are is kept in benchmarks/results, any other one
+only where --out says. The README's table is drawn from the former.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import record
 import torch
 from step_case import LENGTHS, TINY_LENGTHS, make_target
-from step_draft import Plan, Row, measure_draft, paths
+from step_draft import NO_TIME, Plan, Row, empty_rows, measure_draft, paths
 
 from colospec.draft import catalog
 
@@ -54,7 +54,7 @@ def run_draft(arguments: argparse.Namespace, name: str, limit_s: float) -> tuple
     process.start()
     there.close()
     facts: Row = {}
-    rows = {way: {"draft": name, "path": way, "skipped": {}, "failed": {}} for way in paths()}
+    rows = empty_rows(name, paths())
     ended = False
     while not ended and (left := begin + limit_s - time.monotonic()) > 0 and here.poll(left):
         try:
@@ -69,13 +69,29 @@ def run_draft(arguments: argparse.Namespace, name: str, limit_s: float) -> tuple
     process.join(5.0 if ended else 0.0)
     reason = f"its process ended with exit code {process.exitcode}"
     if process.exitcode is None:
-        reason = f"its process had not ended after {limit_s:.0f} s"
+        reason = f"its process had not ended after {limit_s:.1f} s"
         process.kill()
         process.join()
     if process.exitcode != 0:
         for row in rows.values():
             row["failed"]["process"] = reason
     return {**facts, "seconds": round(time.monotonic() - begin, 1)}, list(rows.values())
+
+
+def run_all(arguments: argparse.Namespace, kept: dict[str, Any]) -> None:
+    """Measure one after another within the limit, adding to `kept` and printing."""
+    print(f"{'draft':10}{'path':9}{'part':16}{'ms':>10}{'TFLOP':>10}{'TFLOP/s':>10}")
+    end = time.monotonic() + arguments.limit
+    for number, name in enumerate(arguments.names):
+        left, others = end - time.monotonic(), len(arguments.names) - number - 1
+        if left > 0:
+            facts, rows = run_draft(arguments, name, min(left, MORE * left / (others + 1)))
+        else:
+            facts, rows = {}, list(empty_rows(name, paths()).values())
+            rows[0]["skipped"]["step"] = NO_TIME
+        kept["drafts"][name] = facts
+        kept["rows"] += rows
+        show(facts, rows)
 
 
 def show(facts: Row, rows: list[Row]) -> None:
@@ -123,20 +139,17 @@ def shape(*, tiny: bool) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     known = list(catalog.algorithms())
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, tiny="tiny sizes, on a CPU too")
     parser.add_argument("--draft", metavar="NAME,...", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--repeats", type=int, default=10, help="most steps of a series")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for everything")
     parser.add_argument("overrides", nargs="*", help="further settings, as draft.num_layers=3")
-    record.add_arguments(parser, tiny="tiny sizes, on a CPU too")
     arguments = parser.parse_args()
     arguments.names = arguments.draft.split(",") if arguments.draft else known
     if unknown := [name for name in arguments.names if name not in known]:
         parser.error(f"--draft {','.join(unknown)} is unknown; choose of {', '.join(known)}")
     if not (arguments.tiny or torch.cuda.is_available()):
-        parser.error("bench_step.py needs a CUDA GPU; try --tiny on a CPU")
+        sys.exit("error: bench_step.py needs a CUDA GPU; try --tiny on a CPU")
     return arguments
 
 
@@ -154,16 +167,10 @@ def main() -> None:
         "drafts": {},
         "rows": [],
     }
-    print(f"{'draft':10}{'path':9}{'part':16}{'ms':>10}{'TFLOP':>10}{'TFLOP/s':>10}")
-    end = time.monotonic() + arguments.limit
-    is_whole = not arguments.draft and not arguments.overrides
+    is_whole = False
     try:
-        for number, name in enumerate(arguments.names):
-            left, others = end - time.monotonic(), len(arguments.names) - number - 1
-            facts, rows = run_draft(arguments, name, min(left, MORE * left / (others + 1)))
-            kept["drafts"][name] = facts
-            kept["rows"] += rows
-            show(facts, rows)
+        run_all(arguments, kept)
+        is_whole = not arguments.draft and not arguments.overrides
     finally:
         file = f"step-{record.slug(origin['machine'])}.json" if is_whole else None
         record.write(kept, arguments, name=file)

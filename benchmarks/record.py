@@ -18,14 +18,21 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, tiny: str | None = None) -> None:
-    """Add --out and --commit, and --tiny where a benchmark has it; `tiny` says what it does."""
-    if tiny is not None:
-        parser.add_argument("--tiny", action="store_true", help=tiny)
-    parser.add_argument(
-        "--out", type=Path, help="write the record here; default: benchmarks/results, if not tiny"
+def parser(about: str, *, tiny: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of --out and --commit, and of --tiny where `tiny` says what that does.
+
+    `about` is the docstring of the benchmark.
+    """
+    made = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--commit", help="name the commit, for a tree without .git")
+    where = "write the record here; default: benchmarks/results"
+    if tiny is not None:
+        made.add_argument("--tiny", action="store_true", help=tiny)
+        where += ", but nowhere for --tiny"
+    made.add_argument("--out", type=Path, help=where)
+    made.add_argument("--commit", help="name the commit, for a tree without .git")
+    return made
 
 
 def origin(named: str | None = None) -> dict[str, Any]:

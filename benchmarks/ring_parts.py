@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from colospec.batch import Cursor, Features, FeatureSpec, TokenBatch
-from colospec.ring.channel import Reader, Writer
+from colospec.ring.channel import Payload, Reader, Writer
 from colospec.store import JobStore
 
 MIB = 1 << 20
@@ -32,7 +32,7 @@ class Transport(Protocol):
         """Hand over what was written into `target`."""
         ...
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         """Wait for a payload, use it, give it back."""
         ...
 
@@ -57,7 +57,7 @@ class Ring:
 
     def __init__(
         self, wiring: Wiring, spec: FeatureSpec, rows: int, is_producer: bool, *, slots: int,
-        device: torch.device, payload: str,
+        device: torch.device, payload: Payload,
     ) -> None:  # fmt: skip
         store = JobStore(dist.FileStore(f"{wiring.directory}/ring", -1))
         side = Writer if is_producer else Reader
@@ -75,7 +75,7 @@ class Ring:
     def send(self) -> None:
         self._end.publish()
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         with self._end.acquire(timeout_s=60.0) as lease:
             use(lease.features)
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -25,6 +26,7 @@ from colospec.draft.eagle3.model import Eagle3
 from colospec.train.provenance import plain
 
 Row = dict[str, Any]
+NO_TIME = "no time was left"
 STEPS_S, PART_S = 4.0, 1.5
 """For the series of a step, and of a part of one."""
 
@@ -48,6 +50,12 @@ class Plan:
 def paths() -> tuple[str, ...]:
     """Return the ways to run here: on a CPU all is plain."""
     return ("kernels", "plain") if torch.cuda.is_available() else ("plain",)
+
+
+def empty_rows(name: str, ways: Sequence[str]) -> dict[str, Row]:
+    """Return the row of each way, in which nothing is measured; `skipped` and `failed` say why
+    something is not: its name -> the reason."""
+    return {way: {"draft": name, "path": way, "skipped": {}, "failed": {}} for way in ways}
 
 
 def measure_draft(plan: Plan, pipe: Connection) -> None:
@@ -74,10 +82,7 @@ class Measurement:
     rows: dict[str, Row] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = {
-            way: {"draft": self.plan.name, "path": way, "skipped": {}, "failed": {}}
-            for way in self.ways
-        }
+        self.rows = empty_rows(self.plan.name, self.ways)
         self._parts = Parts(self.case) if isinstance(self.case.draft, Eagle3) else None
 
     def run(self) -> None:
@@ -86,18 +91,17 @@ class Measurement:
         facts = self.facts()
         self.send(("facts", facts))
         for way in self.ways:
-            self.attempt(way, "step", lambda way=way: self._step(way, facts["tera_flops"]))
+            self.attempt(way, "step", partial(self._step, way, facts["tera_flops"]))
             if self._parts is not None:
-                self.attempt(way, "parts", lambda way=way: self._measure_parts(way, facts))
+                parts = partial(self._measure_parts, self._parts, way, facts["tera_flops"])
+                self.attempt(way, "parts", parts)
             if way == "kernels":
-                kernels = lambda: {"kernels": slowest(case.step, case.device)}  # noqa: E731
-                self.attempt(way, "profile", kernels)
-        self._parts = None
+                self.attempt(way, "profile", self._profile)
         backend = "nccl" if case.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         step = case.optimizer_step()
         for way in self.ways:
-            self.attempt(way, "with optimizer", lambda way=way: self._with_optimizer(way, step))
+            self.attempt(way, "with optimizer", partial(self._with_optimizer, way, step))
         dist.destroy_process_group()
 
     def facts(self) -> dict[str, Any]:
@@ -120,7 +124,7 @@ class Measurement:
         told, and the rest goes on."""
         row = self.rows[way]
         if time.monotonic() > self.plan.deadline:
-            row["skipped"][what] = "no time was left"
+            row["skipped"][what] = NO_TIME
         else:
             try:
                 with path(way):
@@ -144,13 +148,15 @@ class Measurement:
             row["step_tflop_per_s"] = tera_flops["step"] / took
         return row
 
-    def _measure_parts(self, way: str, facts: dict[str, Any]) -> Row:
-        assert self._parts is not None
+    def _measure_parts(self, parts: Parts, way: str, tera_flops: dict[str, float]) -> Row:
         row: Row = {}
-        for name, run in self._parts.runs().items():
+        for name, run in parts.runs().items():
             took = seconds(run, self.case.device, self.plan.effort(way, PART_S))
-            row |= {f"{name}_s": took, f"{name}_tflop_per_s": facts["tera_flops"][name] / took}
+            row |= {f"{name}_s": took, f"{name}_tflop_per_s": tera_flops[name] / took}
         return row
+
+    def _profile(self) -> Row:
+        return {"kernels": slowest(self.case.step, self.case.device)}
 
     def _with_optimizer(self, way: str, step: Callable[[], None]) -> Row:
         case = self.case

@@ -149,3 +149,41 @@ def test_unknown_algorithms_are_refused(bench, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench.step.parse()
     assert "eagle9 is unknown; choose of dflash" in capsys.readouterr().err
+
+
+def test_the_table_compares_the_paths_of_each_algorithm(bench, tmp_path):
+    kernels = {
+        "step_s": 0.466, "with_optimizer_s": 0.481, "samples_per_s": 8.316, "peak_gib": 20.0,
+        "with_optimizer_peak_gib": 38.25, "step_tflop_per_s": 602.2,
+    }  # fmt: skip
+    skipped = {"step": "CUDA out of memory. Tried to allocate 99.00 GiB.", "with optimizer": "same"}
+    rows = [
+        {"draft": "one", "path": "kernels", "skipped": {}, "failed": {}, **kernels},
+        {"draft": "one", "path": "plain", "skipped": {}, "failed": {}, "step_s": 1.129},
+        {"draft": "two", "path": "kernels", "skipped": {}, "failed": {}, "step_s": 0.1},
+        {"draft": "two", "path": "plain", "skipped": skipped, "failed": {}},
+    ]
+    record = {
+        "machine": {"gpu": "NVIDIA X", "torch": "2.11"}, "commit": "abc", "rows": rows,
+        "shape": {"documents": [2048] * 4}, "drafts": {"one": {"parameters": 1048.6e6}, "two": {}},
+    }  # fmt: skip
+    (tmp_path / "step-x.json").write_text(json.dumps(record))
+    _, _, one, two, _, note = bench.table.step_table(tmp_path).splitlines()
+    assert one == "| one | 1,049 | 466 | 1,129 | 481 | 8.32 | 602 | 38.2 |"
+    assert two == "| two | - | 100 | out of memory | - | - | - | - |"
+    assert "NVIDIA X" in note
+    assert "4 samples of 2048 tokens" in note
+
+
+@pytest.mark.usefixtures("bench")
+def test_a_tiny_run_is_kept_only_where_out_says(monkeypatch, tmp_path):
+    import record
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    parser = record.parser("", tiny="small")
+    record.write({}, parser.parse_args(["--tiny"]), name="a.json")
+    record.write({}, parser.parse_args([]), name=None)
+    assert not list(tmp_path.rglob("*.json"))
+    record.write({}, parser.parse_args([]), name="a.json")
+    record.write({}, parser.parse_args(["--tiny", "--out", str(tmp_path / "b.json")]), name="a")
+    assert {file.name for file in tmp_path.rglob("*.json")} == {"a.json", "b.json"}
