@@ -77,15 +77,15 @@ train: $(STAMP)  ## Colocated run on all GPUs of this machine (or its CPU)
 sweep: $(STAMP)  ## Three learning rates, one fresh job each
 	$(BIN)/python -m colospec.run -m +mode=colocate +sweep=lr
 
-bench: $(STAMP)  ## Measure this machine, its GPUs too; results go to benchmarks/results
+bench: $(STAMP)  ## Measure the ring, then what bench-gpu does; results go to benchmarks/results
 	$(BIN)/python benchmarks/bench_ring.py
 	@if [ -e /dev/nvidia0 ]; then $(MAKE) --no-print-directory bench-gpu; fi
 
-bench-gpu: $(STAMP)  ## The GPU part of bench: ring, step, engine and trainer alone and together
+bench-gpu: $(STAMP)  ## On one GPU: the ring, Eagle3 colocated, a step of every draft
 	eval "$$($(BIN)/python -m colospec.mps start --owner $$$$)" && $(BIN)/python benchmarks/bench_ring_gpu.py
-	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps require
 	$(BIN)/python benchmarks/bench_colocate.py --gpus 1 --mps off
+	$(BIN)/python benchmarks/bench_step.py
 
 plots: $(STAMP)  ## Redraw the tables of README.md from benchmarks/results
 	$(BIN)/python benchmarks/tables.py

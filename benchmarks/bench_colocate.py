@@ -3,6 +3,8 @@
     python benchmarks/bench_colocate.py --gpus 2 --mps require --out FILE
     python benchmarks/bench_colocate.py --tiny                              # this machine's CPU
 
+`make bench-gpu` runs the cell `qwen3_8b` on one GPU, with MPS and without.
+
 Starts one torchrun of two ranks per GPU, which are those of a colocated run (see colocate_rank.py):
 target with random weights, synthetic token ids, every position supervised. The cell `qwen3_8b` is
 Qwen3-8B with Eagle3 (draft vocabulary of 32,000, 7 steps of training-time test) on four documents
@@ -20,28 +22,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import flops
 import numpy as np
+import record
 import torch
-from bench_ring import RESULTS, commit, machine
-from colocate_rank import settings
-from workloads import CELLS, TINY_TARGET, Cell, loss_mask, write_dataset
+from workloads import CELLS, TINY_TARGET, Cell, loss_mask, settings, write_dataset
 
 from colospec.batch import Cursor, TokenBatch
 from colospec.config import RunConfig
-from colospec.draft import registry
-from colospec.draft.anchors import build_blocks, sample_anchors
-from colospec.draft.dflash.config import DFlashConfig
 from colospec.launch import visible_gpus
 from colospec.mps.keeper import die_with
 from colospec.target import Target
@@ -72,6 +68,8 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
         (directory / "tiny" / "config.json").write_text(json.dumps(TINY_TARGET))
         overrides.append(f"target.path={directory / 'tiny'}")
     run = settings(overrides)
+    if run.draft.algorithm not in flops.FORMULAS:
+        sys.exit(f"error: benchmarks/flops.py has no formula for draft={run.draft.algorithm}")
     target = load_target(run)
     lengths, mask = samples(cell)
     plan = {
@@ -136,47 +134,18 @@ def work_per_sample(
 ) -> dict[str, float]:
     """Return floating-point operations and supervised positions of the mean sample."""
     sizes = lengths.tolist()
-    step, positions = (
-        _dflash_work(run.draft, target, lengths, mask)
-        if isinstance(run.draft, DFlashConfig)
-        else _eagle3_work(run.draft, target, sizes)
+    masks = [torch.from_numpy(part) for part in np.split(mask, lengths.cumsum()[:-1])]
+    ids = [torch.zeros(len(part), dtype=torch.int64) for part in masks]
+    work = flops.step(
+        run.draft, target, TokenBatch.pack(Cursor(0, 0, 0), range(len(ids)), ids, masks)
     )
+    assert work is not None
     return {
         "tokens": float(lengths.mean()),
         "prefill_flop": flops.prefill(target, sizes) / len(sizes),
-        "train_flop": step / len(sizes),
-        **{name: count / len(sizes) for name, count in positions.items()},
+        "train_flop": work.flop / len(sizes),
+        **{name: count / len(sizes) for name, count in work.counts.items()},
     }
-
-
-def _eagle3_work(draft: Any, target: Target, sizes: list[int]) -> tuple[float, dict[str, int]]:
-    supervised = flops.Supervised.of(sizes, ttt_length=draft.ttt_length)
-    step = flops.eagle3(
-        target, sizes, supervised=supervised, ttt_length=draft.ttt_length,
-        draft_vocab_size=draft.draft_vocab_size,
-    )  # fmt: skip
-    counted = {
-        "teacher_rows": supervised.teacher_rows, "supervised_positions": supervised.positions,
-    }  # fmt: skip
-    return step, counted
-
-
-def _dflash_work(
-    draft: DFlashConfig, target: Target, lengths: np.ndarray, mask: np.ndarray
-) -> tuple[float, dict[str, int]]:
-    """Count one draw of anchors."""
-    masks = [torch.from_numpy(part) for part in np.split(mask, lengths.cumsum()[:-1])]
-    ids = [torch.zeros(len(part), dtype=torch.int64) for part in masks]
-    tokens = TokenBatch.pack(Cursor(0, 0, 0), range(len(ids)), ids, masks)
-    anchors = sample_anchors(
-        tokens, num_anchors=draft.num_anchors, generator=torch.Generator().manual_seed(0)
-    )
-    blocks = build_blocks(tokens, anchors, block_size=draft.block_size, mask_token_id=0)
-    drafted = flops.Drafted.of(blocks)
-    num_aux = len(registry.features(draft, target).aux_layer_ids)
-    step = flops.dflash(target, drafted, num_layers=draft.num_layers, num_aux=num_aux)
-    counted = {"blocks": len(anchors), "supervised_positions": drafted.positions}
-    return step, counted
 
 
 def summarise(
@@ -200,7 +169,7 @@ def summarise(
     }  # fmt: skip
     median = {kind: statistics.median(values) for kind, values in rates.items()}
     tflops = {kind: median[kind] * needs[kind] / gpus / 1e12 for kind in median}
-    peak = flops.PEAK.get(machine()["gpu"] or "", 0.0) / 1e12
+    peak = flops.PEAK.get(record.machine()["gpu"] or "", 0.0) / 1e12
     last = trainer["both"][-1][0]
     used = [max(r["used_gib"] for r in w) for w in trainer["both"]]
     per_step = last["num_samples"] / last["num_steps"]
@@ -246,12 +215,10 @@ def summarise(
     }  # fmt: skip
 
 
-def show(record: dict[str, Any]) -> None:
+def show(kept: dict[str, Any]) -> None:
     """Print the figures."""
-    figures = record["figures"]
-    print(
-        f"\n{record['cell']}, {record['gpus']} GPUs, mps={record['mps']}, engine {record['engine']}"
-    )
+    figures = kept["figures"]
+    print(f"\n{kept['cell']}, {kept['gpus']} GPUs, mps={kept['mps']}, engine {kept['engine']}")
     print(f"{'':10}{'samples/s':>12}{'tokens/s':>12}{'TFLOP/s/GPU':>13}{'MFU':>8}")
     for kind, value in figures["samples_per_s"].items():
         mfu = f"{figures['mfu'][kind]:.1%}" if figures["mfu"] else "-"
@@ -272,26 +239,8 @@ def show(record: dict[str, Any]) -> None:
     print(f"GiB used of a device after each window: {memory}")
 
 
-def versions() -> dict[str, str | None]:
-    """Return what the figures depend on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = None
-    if shutil.which("nvidia-smi"):
-        shown = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-        driver = shown.partition("\n")[0].strip() or None
-    found: dict[str, str | None] = {"driver": driver}
-    for name in ("torch", "triton", "transformers", "sglang"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, tiny="a tiny target on the CPU, in seconds")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--cell", choices=sorted(CELLS), default="qwen3_8b")
     parser.add_argument("--mps", choices=("require", "off"), default="require")
@@ -299,8 +248,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=5, help="of each kind")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each window")
     parser.add_argument("--limit", type=float, default=3000.0, help="seconds for the whole job")
-    parser.add_argument("--tiny", action="store_true", help="a tiny target on the CPU, in seconds")
-    parser.add_argument("--out", type=Path, help="write the record here")
     parser.add_argument("overrides", nargs="*", help="further settings, as ring.num_slots=4")
     arguments = parser.parse_args()
     if arguments.tiny:
@@ -318,7 +265,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-colocate-") as name:
         run, ranks = run_job(arguments, Path(name))
         figures = summarise(run, ranks, *samples(CELLS[arguments.cell]), arguments.gpus)
-    record = {
+    origin = record.origin(arguments.commit)
+    kept = {
         "benchmark": "colocate",
         "cell": arguments.cell,
         "gpus": arguments.gpus,
@@ -326,21 +274,15 @@ def main() -> None:
         "engine": arguments.engine,
         "windows": arguments.windows,
         "seconds": arguments.seconds,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "machine": origin["machine"],
+        "versions": record.versions(),
+        "commit": origin["commit"],
+        "command": origin["command"],
         "figures": figures,
     }
-    show(record)
+    show(kept)
     mps = "off" if arguments.mps == "off" else "mps"
-    out = arguments.out
-    if out is None and not arguments.tiny:
-        out = RESULTS / f"colocate-{arguments.cell}-{arguments.gpus}-{mps}.json"
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {out}")
+    record.write(kept, arguments, name=f"colocate-{arguments.cell}-{arguments.gpus}-{mps}.json")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ bench goes on; a measurement that fails is told, and left out of the record.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import subprocess
@@ -29,9 +28,8 @@ from typing import Any
 
 import quality_eval
 import quality_text
+import record
 import torch
-from bench_colocate import versions
-from bench_ring import RESULTS, commit, machine
 from quality_sizes import FULL, TINY, Sizes
 from quality_target import Model, held_out_loss, sample, train
 
@@ -51,13 +49,13 @@ TEMPERATURE = 0.7
 class Bench:
     """One run in the directory `work`; every phase returns facts, kept as work/PHASE.json."""
 
-    def __init__(self, work: Path, sizes: Sizes) -> None:
+    def __init__(self, work: Path, sizes: Sizes, *, commit: str | None = None) -> None:
         self.work, self.sizes = work, sizes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         work.mkdir(parents=True, exist_ok=True)
         self.begin, self.ended = time.monotonic(), 0.0
         self.seconds: dict[str, float] = {}
-        self.origin = self.phase("origin", origin)
+        self.origin = self.phase("origin", partial(_origin, commit))
 
     @property
     def left(self) -> float:
@@ -279,14 +277,8 @@ class Bench:
             out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def origin() -> dict[str, Any]:
-    """Return what the figures come from."""
-    return {
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
-    }
+def _origin(commit: str | None) -> dict[str, Any]:
+    return {**record.origin(commit), "versions": record.versions()}
 
 
 def _until_end(row: list[int], prompt_tokens: int) -> list[int]:
@@ -319,15 +311,11 @@ def _short(row: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Run, and write the record."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, on a CPU too")
+    parser = record.parser(__doc__, tiny="tiny sizes, on a CPU too")
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the target's, samples' and drafts' training"
     )
     parser.add_argument("--work", type=Path, help="keep everything here, and go on from it")
-    parser.add_argument("--out", type=Path, help="write the record here")
     arguments = parser.parse_args()
     kept = arguments.work and (arguments.work / "origin.json").is_file()
     if not (arguments.tiny or kept or torch.cuda.is_available()):
@@ -335,14 +323,10 @@ def main() -> None:
     to_console()
     with tempfile.TemporaryDirectory(prefix="bench-quality-") as name:
         sizes = (TINY if arguments.tiny else FULL).scaled(arguments.share)
-        bench = Bench(arguments.work or Path(name), sizes)
+        bench = Bench(arguments.work or Path(name), sizes, commit=arguments.commit)
         results = bench.run()
-    record = {"benchmark": "quality", **bench.origin, **results, "seconds": bench.ended}
-    out = arguments.out or (None if arguments.tiny else RESULTS / "quality-h200.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"wrote {out}")
+    whole = {"benchmark": "quality", **bench.origin, **results, "seconds": bench.ended}
+    record.write(whole, arguments, name="quality-h200.json")
 
 
 if __name__ == "__main__":

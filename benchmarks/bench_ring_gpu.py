@@ -1,6 +1,6 @@
 """How features travel between two processes of one GPU: the ring against the usual ways.
 
-    python benchmarks/bench_ring_gpu.py [--out FILE] [--commit TEXT]     also under an MPS daemon
+    python benchmarks/bench_ring_gpu.py [--out FILE]                     also under an MPS daemon
 
 A producer and a consumer process, all cases in one run. The producer writes what an engine writes,
 three aux tensors side by side and the last hidden states (bfloat16, H = 4096), into the slot where
@@ -18,27 +18,22 @@ the transport allows it, else into memory of its own. Per transport and size, me
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing as mp
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import record
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as torch_mp
-from bench_ring import MIB, RESULTS, commit, machine
+from ring_parts import MIB, Ring, Transport, Wiring, consumer, hand_over, one_by_one
 
-from colospec.batch import Cursor, Features, FeatureSpec, TokenBatch
-from colospec.ring.channel import Reader, Writer
-from colospec.store import JobStore
+from colospec.batch import Features, FeatureSpec
+from colospec.ring.channel import Payload
 
 SIZES_MIB = (1, 4, 16, 64, 160, 256, 512)
 WIDTH = 4096
@@ -49,61 +44,21 @@ SPEC = FeatureSpec(tuple(range(NUM_AUX)), True, WIDTH, torch.bfloat16)
 WARM_UP = 10
 
 
-class Transport(Protocol):
-    """Both sides have one each."""
+class Queues(Wiring):
+    """Queues beside the ring."""
 
-    def target(self) -> Features:
-        """Return where the producer writes the next payload."""
-        ...
-
-    def send(self) -> None:
-        """Hand over what was written."""
-        ...
-
-    def receive(self, use: Callable[[Features], None]) -> None:
-        """Wait for a payload, use it, give it back."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class Ring:
-    """This project's ring, views on both sides; the payload is the setting ring.payload."""
-
-    def __init__(
-        self, wiring: Wiring, name: str, rows: int, is_producer: bool, *, slots: int, payload: str
-    ) -> None:
-        store = JobStore(dist.FileStore(f"{wiring.directory}/ring", -1))
-        side = Writer if is_producer else Reader
-        self._end: Any = side(
-            store, f"{name}-{rows}", SPEC, max_tokens=rows, max_sequences=1, num_slots=slots,
-            plan_digest="bench", timeout_s=60.0, device=DEVICE, payload=payload,
-        )  # fmt: skip
-        ids, mask = torch.zeros(rows, dtype=torch.int64), torch.ones(rows).bool()
-        self._tokens = TokenBatch.pack(Cursor(0, 0, 0), [0], [ids], [mask])
-        _ = self._tokens.digest
-
-    def target(self) -> Features:
-        return self._end.acquire(self._tokens, timeout_s=60.0)  # type: ignore[no-any-return]
-
-    def send(self) -> None:
-        self._end.publish()
-
-    def receive(self, use: Callable[[Features], None]) -> None:
-        with self._end.acquire(timeout_s=60.0) as lease:
-            use(lease.features)
-
-    def close(self) -> None:
-        if isinstance(self._end, Writer):
-            self._end.end()
-        self._end.close()
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        context = torch_mp.get_context("spawn")
+        self.tensors: Any = context.Queue(3)
+        self.acks: Any = context.Queue()
 
 
 class ReduceTensor:
     """torch.multiprocessing: CUDA tensors exported anew for every payload, as the original did."""
 
-    def __init__(self, wiring: Wiring, rows: int, _is_producer: bool) -> None:
-        self._queue, self._acks = wiring.tensor_queue, wiring.ack_queue
+    def __init__(self, wiring: Queues, rows: int, _is_producer: bool) -> None:
+        self._queue, self._acks = wiring.tensors, wiring.acks
         self._rows = rows
         self._sent: list[Features] = []
 
@@ -120,7 +75,7 @@ class ReduceTensor:
             self._acks.get(timeout=60)
             self._sent.pop(0)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         use(Features(*self._queue.get(timeout=60)))
         torch.cuda.current_stream().synchronize()
         self._acks.put(1)
@@ -134,7 +89,7 @@ class ReduceTensor:
 class Gloo:
     """Through pinned host memory and a gloo group, on loopback TCP."""
 
-    def __init__(self, _wiring: Wiring, rows: int, is_producer: bool) -> None:
+    def __init__(self, _wiring: Queues, rows: int, is_producer: bool) -> None:
         self._peer = int(is_producer)
         self._work = private(rows)
         self._staging = torch.empty(rows, BYTES_PER_TOKEN // 2, dtype=torch.bfloat16).pin_memory()
@@ -147,7 +102,7 @@ class Gloo:
         self._staging.copy_(torch.cat([aux, last], dim=-1))
         dist.send(self._staging, self._peer)
 
-    def receive(self, use: Callable[[Features], None]) -> None:
+    def receive(self, use: Callable[[Features], object]) -> None:
         dist.recv(self._staging, self._peer)
         both = self._staging.to(DEVICE)
         use(Features(both[:, : NUM_AUX * WIDTH], both[:, NUM_AUX * WIDTH :]))
@@ -155,14 +110,13 @@ class Gloo:
     def close(self) -> None: ...
 
 
-def _ring(slots: int, payload: str) -> Callable[[Wiring, int, bool], Transport]:
-    name = f"{payload}-{slots}"
+def _ring(slots: int, payload: Payload) -> Callable[[Queues, int, bool], Transport]:
     return lambda wiring, rows, is_producer: Ring(
-        wiring, name, rows, is_producer, slots=slots, payload=payload
+        wiring, SPEC, rows, is_producer, slots=slots, device=DEVICE, payload=payload
     )
 
 
-TRANSPORTS: dict[str, Callable[[Wiring, int, bool], Transport]] = {
+TRANSPORTS: dict[str, Callable[[Queues, int, bool], Transport]] = {
     "ring, 1 slot": _ring(1, "ipc"),
     "ring, 2 slots": _ring(2, "ipc"),
     "ring, 3 slots": _ring(3, "ipc"),
@@ -170,23 +124,6 @@ TRANSPORTS: dict[str, Callable[[Wiring, int, bool], Transport]] = {
     "torch reduce_tensor": ReduceTensor,
     "gloo, pinned": Gloo,
 }
-
-
-class Wiring:
-    """What the two processes share before a transport is made."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        context = torch_mp.get_context("spawn")
-        self.tensor_queue: Any = context.Queue(3)
-        self.ack_queue: Any = context.Queue()
-
-    def join(self, rank: int) -> None:
-        """Make this process rank 0 (producer) or 1 (consumer) of a gloo world."""
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = dist.FileStore(f"{self.directory}/gloo", 2)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
-        torch.cuda.set_device(DEVICE)
 
 
 def private(rows: int) -> Features:
@@ -212,9 +149,10 @@ def total(features: Features) -> None:
     features.last_hidden_states.view(torch.int64).sum()
 
 
-def consume(wiring: Wiring, pipe: Connection) -> None:
+def consume(wiring: Queues, pipe: Connection) -> None:
     """Be the consumer: follow the order of cases in which the parent produces."""
     wiring.join(1)
+    torch.cuda.set_device(DEVICE)
     for name, make in TRANSPORTS.items():
         for size_mib in SIZES_MIB:
             transport = make(wiring, rows_of(size_mib), False)
@@ -260,19 +198,17 @@ def stream_seconds(count: int, work: Callable[[], object]) -> float:
     return begin.elapsed_time(end) * 1e-3 / count
 
 
-def produce(wiring: Wiring, pipe: Connection, name: str, size_mib: int) -> dict[str, Any]:
+def produce(wiring: Queues, pipe: Connection, name: str, size_mib: int) -> dict[str, Any]:
     """Measure one transport at one size."""
     source, scratch = Source(size_mib), private(rows_of(size_mib))
     transport = TRANSPORTS[name](wiring, rows_of(size_mib), True)
     alone, stream = counts(name)
-    latencies, hosts, stalls, acquires = [], [], [], []
-    for _ in range(WARM_UP + alone):
-        source.write(transport.target())
-        torch.cuda.synchronize()
-        complete = time.monotonic()
-        transport.send()
-        hosts.append(time.monotonic() - complete)
-        latencies.append(pipe.recv() - complete)
+    stalls, acquires = [], []
+
+    def send_one() -> tuple[float, float]:
+        return hand_over(transport, source.write, torch.cuda.synchronize)
+
+    latencies, hosts = one_by_one(WARM_UP + alone, send_one, pipe)
     events = []
     for _ in range(stream):
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
@@ -331,54 +267,36 @@ COLUMNS = ("host_us", "stall_us", "acquire_us", "latency_us", "gb_per_s")
 def run_cases() -> list[dict[str, Any]]:
     """Run everything; print a line per case."""
     print(f"{'transport':22}{'MiB':>5}" + "".join(f"{key:>11}" for key in COLUMNS))
-    context = mp.get_context("spawn")
     results = []
-    with tempfile.TemporaryDirectory(prefix="bench-ring-") as directory:
-        wiring = Wiring(directory)
-        here, there = context.Pipe()
-        process = context.Process(target=consume, args=(wiring, there))
-        process.start()
-        there.close()
-        try:
-            wiring.join(0)
-            for name in TRANSPORTS:
-                for size_mib in SIZES_MIB:
-                    results.append(produce(wiring, here, name, size_mib))
-                    show(results[-1])
+    with consumer(Queues, consume) as (wiring, pipe):
+        torch.cuda.set_device(DEVICE)
+        for name in TRANSPORTS:
             for size_mib in SIZES_MIB:
-                results.append(copy_rate(size_mib))
+                results.append(produce(wiring, pipe, name, size_mib))
                 show(results[-1])
-            dist.destroy_process_group()
-            process.join(20)
-        finally:
-            process.kill()
-            process.join()
+        for size_mib in SIZES_MIB:
+            results.append(copy_rate(size_mib))
+            show(results[-1])
     return results
 
 
 def main() -> None:
     """Run all cases and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--commit", default=None, help="for a tree without .git")
-    arguments = parser.parse_args()
+    arguments = record.parser(__doc__).parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench_ring_gpu needs a CUDA GPU; bench_ring.py measures the CPU")
-    host = machine()
+        sys.exit("error: bench_ring_gpu.py needs a CUDA GPU; bench_ring.py measures the CPU")
+    origin = record.origin(arguments.commit)
     has_mps = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
-    slug = host["gpu"].lower().replace(" ", "-") + ("-mps" if has_mps else "")
-    record = {
+    kept = {
         "benchmark": "ring_gpu",
-        "machine": host,
+        "machine": origin["machine"],
         "mps": has_mps,
-        "commit": arguments.commit or commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "commit": origin["commit"],
+        "command": origin["command"],
         "rows": run_cases(),
     }
-    out = arguments.out or RESULTS / f"ring-{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {out}")
+    suffix = "-mps" if has_mps else ""
+    record.write(kept, arguments, name=f"ring-{record.slug(origin['machine'])}{suffix}.json")
 
 
 if __name__ == "__main__":

@@ -27,15 +27,15 @@ from typing import Any
 
 import torch
 from colocate_parts import Clock, LoopedSteps, LoopSource, first_rows
-from hydra import compose, initialize_config_dir
 from torch import Tensor
+from workloads import settings
 
-from colospec import config, launch, log, topology
+from colospec import launch, log, topology
 from colospec.batch import Features, TokenBatch
 from colospec.config import RunConfig
 from colospec.data.dataset import Dataset
 from colospec.data.pack import Plan, Step
-from colospec.draft import catalog, registry
+from colospec.draft import registry
 from colospec.ring import RingTimeout
 from colospec.ring.channel import Reader, Writer
 from colospec.topology import Role
@@ -269,14 +269,6 @@ def synthetic_job(run: RunConfig, dataset_directory: str, num_trainers: int) -> 
     )
     spec = registry.features(run.draft, target)
     return Job(run, target, dataset, plan, spec, num_trainers, run.trainer.max_steps or 1)
-
-
-def settings(overrides: list[str]) -> RunConfig:
-    """Compose a run's settings as colospec.run would."""
-    config.register()
-    catalog.register()
-    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-        return config.load(compose("config", overrides=overrides))
 
 
 def main() -> None:

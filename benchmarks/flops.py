@@ -6,10 +6,16 @@ attention. `lengths` are the documents' tokens, one by one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from colospec.draft.anchors import Blocks
+import torch
+
+from colospec.batch import TokenBatch
+from colospec.config import DraftConfig
+from colospec.draft import registry
+from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
 from colospec.target import Target
 
 PEAK = {"NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12}
@@ -84,17 +90,40 @@ def eagle3(
     num_aux: int = 3,
     frozen_head: bool = False,
 ) -> float:
-    """Return a training step, forward and backward, with the target's head as the teacher.
+    """Return a training step, forward and backward, with the target's head as the teacher: the sum
+    of `eagle3_parts`."""
+    parts = eagle3_parts(
+        target, lengths, supervised=supervised, ttt_length=ttt_length,
+        draft_vocab_size=draft_vocab_size, num_aux=num_aux, frozen_head=frozen_head,
+    )  # fmt: skip
+    return sum(parts.values())
+
+
+def eagle3_parts(
+    target: Target,
+    lengths: Sequence[int],
+    *,
+    supervised: Supervised,
+    ttt_length: int,
+    draft_vocab_size: int | None,
+    num_aux: int = 3,
+    frozen_head: bool = False,
+) -> dict[str, float]:
+    """Return what `loss` (both heads), `attention`, `layer` (the rest of it) and `projection` (of
+    the aux states) need in a training step.
 
     Backward costs twice forward; 2.5 times in flash attention, which recomputes the scores; once
     for the first projection, whose input needs no gradient, and for a frozen head.
     """
     num_tokens, width = sum(lengths), target.hidden_size
-    layer = 6.0 * draft_layer_parameters(target) * num_tokens + 3.5 * attention(target, lengths)
-    projection = 4.0 * num_aux * width**2 * num_tokens
     head = (4.0 if frozen_head else 6.0) * width * (draft_vocab_size or target.vocab_size)
     teacher = 2.0 * width * target.vocab_size * supervised.teacher_rows
-    return ttt_length * layer + projection + head * supervised.positions + teacher
+    return {
+        "loss": head * supervised.positions + teacher,
+        "attention": 3.5 * attention(target, lengths) * ttt_length,
+        "layer": 6.0 * draft_layer_parameters(target) * num_tokens * ttt_length,
+        "projection": 4.0 * num_aux * width**2 * num_tokens,
+    }
 
 
 def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
@@ -110,3 +139,51 @@ def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -
     projection = 4.0 * num_aux * width**2 * drafted.context_rows
     head = 4.0 * width * target.vocab_size * drafted.positions
     return num_layers * (slots + context + attended) + projection + head
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a training step has to do: its operations, and what they are done for."""
+
+    flop: float
+    counts: dict[str, int]
+
+
+def step(config: DraftConfig, target: Target, tokens: TokenBatch) -> Work | None:
+    """Return the work of a training step on `tokens`, for one draw where the algorithm draws; None
+    for an algorithm without a formula here."""
+    formula = FORMULAS.get(config.algorithm)
+    return None if formula is None else formula(config, target, tokens)
+
+
+def _eagle3_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    if not bool(tokens.loss_mask.all()):
+        raise ValueError("operations of Eagle3 are counted for samples that learn everywhere")
+    lengths = tokens.cu_seqlens.diff().tolist()
+    supervised = Supervised.of(lengths, ttt_length=config.ttt_length)
+    flop = eagle3(
+        target, lengths, supervised=supervised, ttt_length=config.ttt_length,
+        draft_vocab_size=config.draft_vocab_size,
+        num_aux=len(registry.features(config, target).aux_layer_ids),
+    )  # fmt: skip
+    counts = {
+        "teacher_rows": supervised.teacher_rows, "supervised_positions": supervised.positions,
+    }  # fmt: skip
+    return Work(flop, counts)
+
+
+def _dflash_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    anchors = sample_anchors(
+        tokens, num_anchors=config.num_anchors, generator=torch.Generator().manual_seed(0)
+    )
+    blocks = build_blocks(tokens, anchors, block_size=config.block_size, mask_token_id=0)
+    drafted = Drafted.of(blocks)
+    num_aux = len(registry.features(config, target).aux_layer_ids)
+    flop = dflash(target, drafted, num_layers=config.num_layers, num_aux=num_aux)
+    return Work(flop, {"blocks": len(anchors), "supervised_positions": drafted.positions})
+
+
+FORMULAS: dict[str, Callable[[Any, Target, TokenBatch], Work]] = {
+    "eagle3": _eagle3_step,
+    "dflash": _dflash_step,
+}

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib import rcParams
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from record import RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 BARS = ("simulated", "real, greedy", "real, T = 1")
 
 

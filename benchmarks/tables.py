@@ -5,18 +5,16 @@ python benchmarks/tables.py RUN_DIR       first keep the report of a demo run as
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from quality_table import quality_table
+from record import RESULTS, machine
+from step_table import step_table
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def demo_table(results: Path) -> str:
@@ -234,6 +232,7 @@ TABLES: dict[str, Callable[[Path], str | None]] = {
     "split": split_table,
     "original": original_table,
     "dflash": dflash_table,
+    "step": step_table,
     "quality": quality_table,
 }
 
@@ -260,13 +259,7 @@ def keep_demo(run_dir: Path) -> None:
     git = run["git"] or {"sha": "unknown", "dirty": True}
     report = {
         "benchmark": "demo",
-        "machine": {
-            "cpu": _cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "gpu": None,
-            "torch": torch.__version__,
-            "python": run["python"],
-        },
+        "machine": machine() | {"gpu": None, "python": run["python"]},
         "commit": git["sha"][:7] + ("-dirty" if git["dirty"] else ""),
         "command": f"make demo draft={algorithm}",
         **json.loads((run_dir / "report.json").read_text()),
@@ -277,12 +270,6 @@ def keep_demo(run_dir: Path) -> None:
 def _machine(result: dict) -> str:
     machine = result["machine"]
     return f"{machine['cores']} cores of {machine['cpu']}, commit {result['commit']}"
-
-
-def _cpu() -> str:
-    lscpu = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"Model name:\s*(.+)", lscpu)
-    return found[1] if found else "unknown"
 
 
 def main() -> None:

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from hydra import compose, initialize_config_dir
 
+from colospec import config
+from colospec.config import RunConfig
 from colospec.data import cache
 from colospec.data.encode import Encoded
+from colospec.draft import catalog
 
 NUM_SAMPLES = 1024
 MEAN_LENGTH = 850
@@ -86,6 +90,14 @@ CELLS = {
         supervised=33,
     ),
 }  # fmt: skip
+
+
+def settings(overrides: list[str]) -> RunConfig:
+    """Compose a run's settings as colospec.run would."""
+    config.register()
+    catalog.register()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return config.load(compose("config", overrides=overrides))
 
 
 def loss_mask(cell: Cell, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:

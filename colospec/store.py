@@ -56,6 +56,10 @@ class JobStore:
         """Return `key` if somebody has set it."""
         return self._store.get(key) if self._store.check([key]) else None
 
+    def delete(self, key: str) -> None:
+        """Remove `key`, if it is there."""
+        self._store.delete_key(key)
+
     def set_first(self, key: str, value: bytes) -> bytes:
         """Set `key` unless it is set already; return what it holds now."""
         self._store.compare_set(key, "", value.decode())

@@ -20,6 +20,7 @@ from colospec.evaluate.simulate import simulated_acceptance_length
 from colospec.metrics import Sums
 from colospec.train.job import Evaluation, Job
 from colospec.train.produce import check_lease
+from colospec.train.stop import StopRequestedError, StopVote
 from colospec.world import World
 
 
@@ -28,10 +29,15 @@ def evaluate(
 ) -> dict[str, float]:
     """Return the means over the held-out samples, by the metrics' names (all trainers together).
 
-    `simulated_acceptance_length` is added. Waits for the device.
+    `simulated_acceptance_length` is added. Waits for the device. Raises StopRequestedError, on all
+    trainers, where somebody asks to stop before all has been looked at.
     """
-    sums = Sums()
+    sums, stop = Sums(), StopVote(world.stop_requested)
     for tokens in job.micro_batches(evaluation, world.place.role_rank):
+        if stop.wait_any():
+            reshard(draft)
+            raise StopRequestedError
+        stop = StopVote(world.stop_requested)
         lease = source.acquire(timeout_s=world.limit.step_s)
         if lease is None:
             raise RuntimeError(f"the engine ended before the evaluation at {tokens.cursor}")
@@ -40,6 +46,7 @@ def evaluate(
             batch = FeatureBatch(tokens, lease.features.to(world.device))
             sums.add(draft(batch, held_out_context(job, evaluation, tokens)).metrics)
         world.watchdog.beat()
+    stop.wait_any()
     reshard(draft)
     values = sums.fetch(reduce=dist.all_reduce)
     return values | {"simulated_acceptance_length": simulated_acceptance_length(accuracies(values))}

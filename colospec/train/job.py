@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: the next micro-batch of the plan, and completed optimizer steps."""
+    """Where a run begins: the next micro-batch of the plan, and completed optimizer steps.
+
+    `owes_evaluation`: the last run stopped before the evaluation that follows the last of them.
+    """
 
     epoch: int = 0
     micro_batch: int = 0
     step: int = 0
+    owes_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,16 +147,19 @@ class Job:
                 return
             yield step
 
-    def work(self, start: Start) -> Iterator[tuple[Step, Evaluation | None]]:
+    def work(self, start: Start) -> Iterator[tuple[Step | None, Evaluation | None]]:
         """Yield `steps`, each with the evaluation that follows it, if one does.
 
-        One follows every `interval` steps, and the last step of the run.
+        One follows every `interval` steps, and the last step of the run. An evaluation that `start`
+        owes comes first, without a step.
         """
         steps = self.steps(start)
         step = next(steps, None)
+        if start.owes_evaluation:
+            yield None, self._evaluation(start.epoch, start.step - 1, is_last=step is None)
         while step is not None:
             following = next(steps, None)
-            yield step, self._evaluation(step, is_last=following is None)
+            yield step, self._evaluation(step.epoch, step.step, is_last=following is None)
             step = following
 
     def micro_batches(self, part: Step | Evaluation, trainer_rank: int) -> Iterator[TokenBatch]:
@@ -166,9 +173,11 @@ class Job:
             cursor = Cursor(part.epoch, first + index, part.step)
             yield dataset.batch(cursor, part.bins[index])
 
-    def _evaluation(self, step: Step, *, is_last: bool) -> Evaluation | None:
+    def _evaluation(self, epoch: int, step: int, *, is_last: bool) -> Evaluation | None:
+        """Return what follows step number `step`."""
+
         def is_due(interval: int) -> bool:
-            return bool(interval) and (is_last or (step.step + 1) % interval == 0)
+            return bool(interval) and (is_last or (step + 1) % interval == 0)
 
         trainer, held_out = self.run.trainer, self.held_out
         evaluates, has_probe = is_due(trainer.eval_interval), is_due(trainer.probe_interval)
@@ -176,7 +185,7 @@ class Job:
             return None
         bins = held_out.bins if evaluates else ()
         filled = bins + ((),) * (-len(bins) % self.num_trainers)
-        return Evaluation(step.epoch, step.step, filled, held_out.num_loss_tokens(), has_probe)
+        return Evaluation(epoch, step, filled, held_out.num_loss_tokens(), has_probe)
 
 
 def load_target(run: RunConfig) -> Target:

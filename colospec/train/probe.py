@@ -45,6 +45,7 @@ from colospec.train.evaluation import accuracies, held_out_context, reshard
 from colospec.train.fsdp import compute_dtype
 from colospec.train.job import Evaluation, Job
 from colospec.train.probe_target import ProbeTarget
+from colospec.train.stop import StopRequestedError
 from colospec.world import World
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class Probe:
     ) -> dict[str, float]:
         """Return the metrics of the probe, equal on all trainers; warn of a gap.
 
-        `draft` is the sharded one; its training accuracies are `chain_length` many.
+        `draft` is the sharded one; its training accuracies are `chain_length` many. Raises
+        StopRequestedError, on all trainers, where somebody asks to stop before decoding has ended.
         """
         began = time.monotonic()
         settings = DecodingSettings(
@@ -109,12 +111,18 @@ class Probe:
         state = cast(dict[str, Tensor], get_model_state_dict(draft, options=options))
         batch, lengths = self._empty(), torch.zeros(3, dtype=torch.float64)
         if self._world.place.role_rank == 0:
-            batch, acceptance, exported = self._decode(state, draft, evaluation, settings)
-            found = (acceptance.acceptance_length, standard_error(acceptance), exported)
-            lengths = torch.tensor(found, dtype=torch.float64)
+            try:
+                batch, acceptance, exported = self._decode(state, draft, evaluation, settings)
+                found = (acceptance.acceptance_length, standard_error(acceptance), exported)
+                lengths = torch.tensor(found, dtype=torch.float64)
+            except StopRequestedError:
+                shutil.rmtree(self._directory, ignore_errors=True)
         del state
         # On the CPU: the others must not spin on their GPUs, and their watchdogs have the deadline.
         dist.broadcast(lengths, src=0)
+        if not lengths.any():  # a real length is at least 1
+            reshard(draft)
+            raise StopRequestedError
         trained = self._simulate(draft, batch, evaluation, settings, reduce=dist.all_reduce)
         reshard(draft)
         real, error, exported = lengths.tolist()
@@ -151,7 +159,7 @@ class Probe:
         )
         model = self._load(draft)
         decoder = CapturedDecoder(
-            self._target.capture,
+            self._capture,
             draft.frozen_head,
             target=job.target,
             aux_layer_ids=job.spec.aux_layer_ids,
@@ -167,6 +175,11 @@ class Probe:
         self._target.finish(goes_on=True)
         exported = self._simulate(model, batch, evaluation, settings)
         return batch, acceptance, exported
+
+    def _capture(self, token_ids: Tensor) -> Features:
+        if self._world.stop_requested:
+            raise StopRequestedError
+        return self._target.capture(token_ids)
 
     def _load(self, draft: DraftModel) -> DraftModel:
         """Build the exported draft, in the type in which it is trained, on the trainer's own copy
@@ -191,7 +204,7 @@ class Probe:
         that a draft could have proposed, all but the first of a continuation."""
         texts = [torch.cat([p, torch.tensor(o)]) for p, o in zip(prompts, outputs, strict=True)]
         masks = [torch.arange(len(t)) > len(p) for t, p in zip(texts, prompts, strict=True)]
-        captured = [self._target.capture(text) for text in texts]
+        captured = [self._capture(text) for text in texts]
         last = [features.last_hidden_states for features in captured]
         return FeatureBatch(
             TokenBatch.pack(Cursor(0, 0, 0), range(len(texts)), texts, masks),

@@ -40,6 +40,8 @@ class RingTarget:
         last = features.last_hidden_states
         if last is None:
             last = self._read(tokens).aux_hidden_states[:, : self._spec.hidden_size]
+        # All ranks of the replica took part, so all have read the request.
+        self._requests.forget(tokens)
         self._world.watchdog.beat()
         return Features(features.aux_hidden_states, last)
 

@@ -28,6 +28,10 @@ class Requests:
         ids = token_ids.tolist()
         return self.batch(ids, self._put(ids))
 
+    def forget(self, tokens: TokenBatch) -> None:
+        """Free what was asked for with `ask`, now that its features are here."""
+        self._store.delete(f"probe/{tokens.cursor.micro_batch}")
+
     def finish(self, *, goes_on: bool) -> None:
         """End a probe; or say, probe or not, that training does not go on."""
         self._put(goes_on)

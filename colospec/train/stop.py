@@ -1,4 +1,4 @@
-"""How all trainers agree to stop."""
+"""How all trainers agree to stop, between steps and between the parts of an evaluation."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import torch
 import torch.distributed as dist
 
 
-class StopVote:
-    """Agreement of all trainers to stop before the same step.
+class StopRequestedError(Exception):
+    """Somebody asks the job to stop, and what was under way is not finished."""
 
-    The vote is started one step ahead and read one step later, so nobody waits for it.
+
+class StopVote:
+    """Agreement of all trainers to stop before the same piece of work.
+
+    The vote is started one piece ahead and read one later, so nobody waits for it.
     """
 
     def __init__(self, want: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +23,11 @@ from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.export import export_draft
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.rng import capture_rng, rank_seed, restore_rng, seed_rng
-from colospec.checkpoint.warm_start import start_from
 from colospec.data.pack import Step
-from colospec.draft import registry
-from colospec.draft.base import DraftModel, StepContext
+from colospec.draft.base import StepContext
 from colospec.metrics import Sums
+from colospec.train.build import build_draft
 from colospec.train.evaluation import accuracies, evaluate
-from colospec.train.frozen import share_frozen
 from colospec.train.fsdp import compute_dtype, shard
 from colospec.train.job import Evaluation, Job, Start
 from colospec.train.optim import (
@@ -45,7 +44,7 @@ from colospec.train.provenance import plain
 from colospec.train.report import Reporter, StepTimes, check_best_metric
 from colospec.train.result import write_result
 from colospec.train.same_run import check_same_run
-from colospec.train.stop import StopVote
+from colospec.train.stop import StopRequestedError, StopVote
 from colospec.world import World
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class Trainer:
         self.job, self.world, self.run_dir = job, world, run_dir
         run, place = job.run, world.place
         torch.manual_seed(run.seed)
-        self.draft = self._build_draft()
+        self.draft = build_draft(job, world)
         dtype = compute_dtype(run.trainer.dtype, world.device)
         self.model = shard(self.draft, world_size=place.role_size, dtype=dtype)
         self.optimizer = build_optimizer(self.draft, run.trainer)
@@ -87,34 +86,6 @@ class Trainer:
         self._batch_sums = Sums()
         self._norms = NormLog(run.trainer.max_skipped_steps)
 
-    def _build_draft(self) -> DraftModel:
-        """Return the draft, whole and alike on all trainers, on this rank's device."""
-        job, place, device = self.job, self.world.place, self.world.device
-        config, warm_start = job.run.draft, job.run.trainer.init_from
-        # An export that cannot be written is refused before training, not after it.
-        registry.public_format(config.algorithm, job.run.export.format).check(config)
-        kind = registry.find(config.algorithm)
-        draft = kind.from_config(config, job.target, token_counts=job.token_counts)
-        draft.to(device)
-        draft.set_target(
-            *share_frozen(
-                job.target,
-                job.run.target.weights,
-                device=device,
-                rank=place.role_rank,
-                world_size=place.role_size,
-            )
-        )
-        if warm_start is not None:
-            start_from(
-                draft,
-                Path(warm_start),
-                job.target,
-                vocab=job.run.trainer.init_vocab,
-                token_counts=job.token_counts,
-            )
-        return draft
-
     def resume(self) -> Start:
         """Load the newest good checkpoint, if there is one, and return where to go on."""
         found = self.checkpointer.choose(self._resume_wish())
@@ -131,7 +102,9 @@ class Trainer:
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        self.position = Start(meta["epoch"], meta["micro_batch"], meta["step"])
+        self.position = Start(
+            meta["epoch"], meta["micro_batch"], meta["step"], meta["owes_evaluation"]
+        )
         self.job = self.job.resumed(self.position, meta)
         self.last_metrics = meta["facts"]["metrics"]
         restore_rng(
@@ -159,18 +132,27 @@ class Trainer:
 
         `target` answers the probes of trainer 0.
         """
-        run = self.job.run.trainer
         reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
         self.times.clear()
-        stop = self._ask_to_stop()
-        finished = True
         with reporter:
-            for step, evaluation in self.job.work(self.position):
-                if stop.wait_any():
-                    finished = False
-                    break
-                stop = self._ask_to_stop()
-                self._evaluated = {}
+            finished = self._work(source, target, reporter)
+            self._report(source, reporter)
+        if not finished and self.world.place.role_rank == 0:
+            target.finish(goes_on=False)
+        source.close()
+        return finished
+
+    def _work(self, source: FeatureSource, target: ProbeTarget, reporter: Reporter) -> bool:
+        run = self.job.run.trainer
+        stop = self._ask_to_stop()
+        for step, evaluation in self.job.work(self.position):
+            if stop.wait_any():
+                return False
+            stop = self._ask_to_stop()
+            self._evaluated = {}
+            # The checkpoint of a step whose evaluation comes late has no metrics of it yet.
+            saves = step is None
+            if step is not None:
                 self.step(step, source)
                 self.position = Start(step.next_epoch, step.next_micro_batch, step.step + 1)
                 self.world.watchdog.beat()
@@ -179,19 +161,20 @@ class Trainer:
                 # A checkpoint is ranked by its own metrics.
                 if done % run.log_interval == 0 or done == 1 or saves:
                     self._report(source, reporter)
-                if evaluation is not None:
+            if evaluation is not None:
+                try:
                     self._evaluate(evaluation, source, target, reporter)
-                if saves:
-                    self.world.phase("checkpoint", self.world.limit.checkpoint_s)
-                    self._save()
-                    self.world.phase("train", 2 * self.world.limit.step_s)
-            else:
-                stop.wait_any()
-            self._report(source, reporter)
-        if not finished and self.world.place.role_rank == 0:
-            target.finish(goes_on=False)
-        source.close()
-        return finished
+                except StopRequestedError:
+                    self.position = replace(self.position, owes_evaluation=True)
+                    stop.wait_any()
+                    return False
+            self.position = replace(self.position, owes_evaluation=False)
+            if saves:
+                self.world.phase("checkpoint", self.world.limit.checkpoint_s)
+                self._save()
+                self.world.phase("train", 2 * self.world.limit.step_s)
+        stop.wait_any()
+        return True
 
     def finish(self, finished: bool) -> None:
         """Save where training stopped; after the plan's end export the draft and the result."""
@@ -293,19 +276,23 @@ class Trainer:
         target: ProbeTarget,
         reporter: Reporter,
     ) -> None:
-        """Measure on held-out samples, and by real decoding, as far as they are due."""
+        """Measure on held-out samples, and by real decoding, as far as they are due.
+
+        Raises StopRequestedError, having reported nothing, where somebody asks to stop meanwhile:
+        the whole of it follows when the run goes on.
+        """
         name, step = self.job.run.trainer.best_metric, self.position.step
+        measured: dict[str, dict[str, float]] = {}
         with self.times.paused():
             if evaluation.bins:
-                values = evaluate(self.job, self.world, self.draft, evaluation, source)
-                self._evaluated |= reporter.report_evaluation(step, "eval", values)
-                check_best_metric(name, "eval", self._evaluated)
+                measured["eval"] = evaluate(self.job, self.world, self.draft, evaluation, source)
             if evaluation.has_probe:
                 self.world.phase("probe", self.world.limit.checkpoint_s)
-                values = self._probe(evaluation, target)
-                self._evaluated |= reporter.report_evaluation(step, "probe", values)
-                check_best_metric(name, "probe", self._evaluated)
+                measured["probe"] = self._probe(evaluation, target)
                 self.world.phase("train", 2 * self.world.limit.step_s)
+            for group, values in measured.items():
+                self._evaluated |= reporter.report_evaluation(step, group, values)
+                check_best_metric(name, group, self._evaluated)
         self.last_metrics = self.last_metrics | self._evaluated
 
     def _probe(self, evaluation: Evaluation, target: ProbeTarget) -> dict[str, float]:
@@ -330,6 +317,7 @@ class Trainer:
             "epoch": self.position.epoch,
             "micro_batch": self.position.micro_batch,
             "step": self.position.step,
+            "owes_evaluation": self.position.owes_evaluation,
             "plan": self.job.plan.digest,
             "micro_batches_per_step": self.job.micro_batches_per_step,
             "total_steps": self.job.total_steps,

@@ -12,8 +12,8 @@ import torch
 
 from tests import tiny
 from tests.gpu import machine
-from tests.jobs.start import job, losses
-from tests.jobs.test_resume import kill_after, wait_for_line, weights
+from tests.jobs.start import job, losses, wait_for
+from tests.jobs.test_resume import kill_after, weights
 from tests.torchrun import PROGRAMS, command, pids_of, run
 
 pytestmark = [pytest.mark.gpu, machine.needs_gpus(1), pytest.mark.timeout(400)]
@@ -74,7 +74,7 @@ def test_a_run_killed_with_everything_goes_on_at_once_and_gives_the_same(whole, 
     words = [*gpu_job, *REPEATABLE, f"run_dir={run_dir}"]
     code = kill_after(
         command(2, "-m", "colospec.run", "+mode=colocate", *words),
-        lambda _: wait_for_line(run_dir / "metrics.jsonl", '"step": 9,', TIMEOUT_S),
+        lambda process: wait_for(run_dir / "metrics.jsonl", '"step": 9,', process, TIMEOUT_S),
         pids_of,
     )
     assert code != 0
@@ -100,7 +100,9 @@ def test_one_rank_killed_ends_the_job_with_its_name_and_leaves_nothing(gpu_job, 
         return [int(pids[str(victim)])]
 
     code = kill_after(
-        words, lambda _: wait_for_line(run_dir / "metrics.jsonl", '"step": 5,', TIMEOUT_S), pick
+        words,
+        lambda process: wait_for(run_dir / "metrics.jsonl", '"step": 5,', process, TIMEOUT_S),
+        pick,
     )
     assert code != 0
 
@@ -191,7 +193,7 @@ def test_gpu_is_free_after_a_kill_of_everything(gpu_job, tmp_path):
     run_dir = tmp_path / "run"
     kill_after(
         command(2, "-m", "colospec.run", "+mode=colocate", *gpu_job, f"run_dir={run_dir}"),
-        lambda _: wait_for_line(run_dir / "metrics.jsonl", '"step": 3,', TIMEOUT_S),
+        lambda process: wait_for(run_dir / "metrics.jsonl", '"step": 3,', process, TIMEOUT_S),
         pids_of,
     )
     # The kernel lets go of a process's memory before it closes its GPU files.

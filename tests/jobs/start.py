@@ -1,9 +1,10 @@
 """Start whole jobs and read what they left."""
 
 import json
+import time
 from pathlib import Path
 
-from tests.torchrun import command, run
+from tests.torchrun import command, pids_of, run
 
 TIMEOUT_S = 150
 
@@ -24,3 +25,23 @@ def losses(run_dir, name="train/loss"):
 def files(directory):
     """Names below a directory that are there, for messages and for leftovers."""
     return sorted(str(p.relative_to(directory)) for p in Path(directory).rglob("*") if p.is_file())
+
+
+def wait_for(path, text, process, timeout_s=60):
+    """Wait until `text` is in the file `path`, which `process` writes."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.is_file() and text in path.read_text():
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError(f"{text!r} never came in {path}")
+
+
+def rank_pid(process, rank):
+    """The pid of a rank of the job, from its environment."""
+    for pid in pids_of(process):
+        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environ and b"LOCAL_RANK" in b"".join(environ):
+            return pid
+    raise AssertionError(f"no rank {rank}")

@@ -11,7 +11,8 @@ import torch
 
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.state import load_model
-from tests.jobs.start import files, job, losses
+from tests import tiny
+from tests.jobs.start import files, job, losses, rank_pid, wait_for
 from tests.torchrun import command, pids_of, started
 
 STEPS = 14
@@ -123,7 +124,7 @@ def test_a_run_killed_between_evaluations_goes_on_as_if_it_had_not_been(whole, w
     start = command(2, "-m", "colospec.run", "+mode=colocate", *words, *MEASURES,
                     f"run_dir={run_dir}")  # fmt: skip
     with started(start) as process:
-        wait_for(run_dir / "metrics.jsonl", '"step": 9,')
+        wait_for(run_dir / "metrics.jsonl", '"step": 9,', process)
         for pid in pids_of(process):
             os.kill(pid, signal.SIGKILL)
         process.communicate(timeout=15)
@@ -133,6 +134,49 @@ def test_a_run_killed_between_evaluations_goes_on_as_if_it_had_not_been(whole, w
     assert_same_training(run_dir, whole[0])
 
 
+@pytest.mark.parametrize(
+    ("step", "due", "file", "line"),
+    [
+        (8, ["trainer.eval_interval=8", "data.held_out_samples=2000"], "metrics.jsonl",
+         '"step": 8,'),
+        (STEPS, ["trainer.probe_interval=14", "trainer.probe_prompts=4", "trainer.probe_tokens=60"],
+         "log/rank0.log", "phase probe"),
+    ],
+    ids=["held-out samples", "probe after the last step"],
+)  # fmt: skip
+def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(
+    words, tmp_path, step, due, file, line
+):
+    """Whoever stops a job may kill it a few seconds later."""
+    many = tiny.write_data(tmp_path / "many.jsonl", num_rows=3000, seed=1)
+    own = [*words, *due, f"data.held_out_path={many}", "trainer.save_interval=7"]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    start = command(2, "-m", "colospec.run", "+mode=colocate", *own, f"run_dir={stopped}")
+    with started(start) as process:
+        wait_for(stopped / file, line, process)
+        engine = rank_pid(process, 1)
+        os.kill(engine, signal.SIGSTOP)  # the evaluation cannot end
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1)
+        os.kill(engine, signal.SIGCONT)
+        output, _ = process.communicate(timeout=60)
+    assert f"stopped after {step} steps, checkpoint saved" in output, output[-5000:]
+    assert "error: " not in output, output[-5000:]
+    assert not measured(stopped), "an evaluation is reported whole or not at all"
+    assert files(stopped / "probe") == []
+    assert not (stopped / "export").exists()
+    for run_dir in (stopped, whole):
+        job(2, "+mode=colocate", *own, f"run_dir={run_dir}")
+    assert step in {at for at, _ in measured(stopped)}
+    assert measured(stopped) == measured(whole)
+    assert_same_training(stopped, whole)
+    last = open_checkpoint(stopped / "checkpoint" / f"step-{STEPS:06d}").manifest
+    assert last.metrics.items() >= {
+        name: value for (at, name), value in measured(whole).items() if at == STEPS
+    }.items()  # fmt: skip
+    assert not last.meta["owes_evaluation"]
+
+
 def test_a_stop_reaches_an_engine_that_waits_for_the_next_probe(words, tmp_path):
     """The engine is ahead by the slots of the ring, and listens where the probe is due."""
     run_dir = tmp_path / "run"
@@ -140,7 +184,7 @@ def test_a_stop_reaches_an_engine_that_waits_for_the_next_probe(words, tmp_path)
     start = command(2, "-m", "colospec.run", "+mode=colocate", *words, *slow,
                     "trainer.probe_interval=3", f"run_dir={run_dir}")  # fmt: skip
     with started(start) as process:
-        wait_for(run_dir / "metrics.jsonl", '"step": 1,')
+        wait_for(run_dir / "metrics.jsonl", '"step": 1,', process)
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         output, _ = process.communicate(timeout=60)
@@ -164,12 +208,3 @@ def test_two_trainers_measure_what_one_measures(tiny_job, tmp_path):
     assert runs[2].keys() == runs[4].keys()
     for key, value in runs[2].items():
         assert runs[4][key] == pytest.approx(value, rel=1e-5), key
-
-
-def wait_for(path, text, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if path.is_file() and text in path.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{text!r} never came in {path}")

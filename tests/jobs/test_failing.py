@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs.start import files, job
+from tests.jobs.start import files, job, rank_pid, wait_for
 from tests.torchrun import command, pids_of, started
 
 LONG = ["trainer.max_steps=5000", "trainer.save_interval=1"]
@@ -18,25 +18,6 @@ LONG = ["trainer.max_steps=5000", "trainer.save_interval=1"]
 
 def shared_memory():
     return {p.name for p in Path("/dev/shm").iterdir() if "colospec" in p.name}
-
-
-def wait_for(path, pattern, process, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if path.is_file() and re.search(pattern, path.read_text()):
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    raise AssertionError(f"{pattern!r} never came in {path}")
-
-
-def rank_pid(process, rank):
-    """The pid of a rank, from its environment."""
-    for pid in pids_of(process):
-        environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if f"RANK={rank}".encode() in environ and b"LOCAL_RANK" in b"".join(environ):
-            return pid
-    raise AssertionError(f"no rank {rank}")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from colospec.checkpoint.manifest import open_checkpoint
 from colospec.checkpoint.state import load_model
 from tests import tiny
-from tests.jobs.start import job, losses
+from tests.jobs.start import job, losses, wait_for
 from tests.torchrun import command, pids_of, started
 
 STEPS = 24
@@ -63,15 +63,6 @@ def kill_after(words, wait, pick):
     return process.returncode
 
 
-def wait_for_line(path, text, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if path.is_file() and text in path.read_text():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"{text!r} never came in {path}")
-
-
 @pytest.mark.parametrize("after_step", [5, pytest.param(13, marks=pytest.mark.slow)])
 def test_everything_killed_at_once_and_started_again_gives_the_same_run(
     whole, few_job, tmp_path, after_step
@@ -81,7 +72,7 @@ def test_everything_killed_at_once_and_started_again_gives_the_same_run(
     line = f'"step": {after_step},'
     code = kill_after(
         command(2, "-m", "colospec.run", "+mode=colocate", *words),
-        lambda _: wait_for_line(run_dir / "metrics.jsonl", line),
+        lambda process: wait_for(run_dir / "metrics.jsonl", line, process),
         pids_of,
     )
     assert code != 0
@@ -96,7 +87,7 @@ def test_torchrun_restarts_and_resumes_by_itself(whole, few_job, tmp_path):
                     f"run_dir={run_dir}")  # fmt: skip
     words.insert(words.index("--standalone") + 1, "--max-restarts=1")
     with started(words) as process:
-        wait_for_line(run_dir / "metrics.jsonl", '"step": 9,')
+        wait_for(run_dir / "metrics.jsonl", '"step": 9,', process)
         ranks = [pid for pid in pids_of(process) if pid != process.pid]
         os.kill(random.choice(ranks), signal.SIGKILL)
         output, _ = process.communicate(timeout=120)

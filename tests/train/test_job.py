@@ -42,8 +42,8 @@ def load(run: RunConfig, trainers: int = 2) -> Job:
 def due(job: Job, start: Start) -> dict[int, tuple[bool, bool]]:
     """Steps done -> whether held-out samples are evaluated, whether a probe is due."""
     return {
-        step.step + 1: (bool(evaluation.bins), evaluation.has_probe)
-        for step, evaluation in job.work(start)
+        evaluation.step + 1: (bool(evaluation.bins), evaluation.has_probe)
+        for _, evaluation in job.work(start)
         if evaluation is not None
     }
 
@@ -59,6 +59,22 @@ def test_evaluations_follow_every_interval_and_the_last_step(run: RunConfig) -> 
     assert steps == list(job.steps(Start()))
     seventh = Start(steps[6].next_epoch, steps[6].next_micro_batch, 7)
     assert due(job, seventh) == {step: one for step, one in expected.items() if step > 7}
+
+
+@pytest.mark.parametrize("done", [4, 11])
+def test_an_evaluation_that_is_owed_comes_before_the_next_step(run: RunConfig, done: int) -> None:
+    job = load(run)
+    whole = list(job.work(Start()))
+    step, evaluation = whole[done - 1]
+    assert step is not None
+    assert evaluation is not None
+    start = Start(step.next_epoch, step.next_micro_batch, done, owes_evaluation=True)
+    (nothing, owed), *rest = job.work(start)
+    assert nothing is None
+    assert owed is not None
+    assert owed.bins == evaluation.bins
+    assert (owed.step, owed.has_probe) == (evaluation.step, evaluation.has_probe)
+    assert rest == whole[done:]
 
 
 @pytest.mark.parametrize("trainers", [1, 2, 3, 5])

@@ -62,7 +62,9 @@ def probe_a_learnt_draft(_rank, run, root):
     places = topology.build(run.mode, world_size=1, local_world_size=1, visible_gpus=0).places
     device = torch.device("cpu")
     beats = SimpleNamespace(beat=lambda: None)
-    world = SimpleNamespace(place=places[0], device=device, limit=run.limit, watchdog=beats)
+    world = SimpleNamespace(
+        place=places[0], device=device, limit=run.limit, watchdog=beats, stop_requested=False
+    )
     job = Job.load(run, num_trainers=1, progress=False)
     trainer = Trainer(job, world, Path(run.run_dir))
     target = LocalTarget(load_engine(job, world), device)
@@ -182,6 +184,9 @@ class Store:
             raise TimeoutError(f"nobody set {key!r} within {timeout_s:g} s")
         return self.keys[key]
 
+    def delete(self, key):
+        del self.keys[key]
+
 
 def test_requests_arrive_in_order_with_the_micro_batch_that_the_trainer_expects():
     store = Store()
@@ -199,3 +204,6 @@ def test_requests_arrive_in_order_with_the_micro_batch_that_the_trainer_expects(
         assert [b.token_ids.tolist() for b in batches] == [t.tolist() for t in texts]
     with pytest.raises(TimeoutError, match="trainer 0 neither began nor went on"):
         engines[0].take(timeout_s=0.01)
+    for tokens in expected:
+        trainer.forget(tokens)
+    assert list(store.keys.values()) == [True, False], "texts do not pile up in the store"
