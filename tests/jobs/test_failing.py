@@ -83,22 +83,6 @@ def test_a_rank_killed_in_a_probe_ends_the_job_in_five_seconds(tiny_job, tmp_pat
     assert shared_memory() == before
 
 
-def test_sigterm_in_a_probe_ends_it_first_and_saves_a_checkpoint(tiny_job, tmp_path):
-    run_dir = tmp_path / "run"
-    measures = ["data.held_out_samples=8", "trainer.probe_interval=2", "trainer.probe_tokens=60"]
-    start = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, *measures,
-                    "trainer.max_steps=5000", f"run_dir={run_dir}")  # fmt: skip
-    with started(start) as process:
-        wait_for(run_dir / "log" / "rank0.log", "phase probe", process)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    # Whether the vote on the next step was cast before the probe decides which is the last.
-    stopped = re.search(r"stopped after ([23])\s+steps, checkpoint saved", output)
-    assert stopped, output
-    assert '"probe/real_acceptance_length"' in (run_dir / "metrics.jsonl").read_text()
-    assert (run_dir / "checkpoint" / f"step-00000{stopped[1]}").is_dir()
-
-
 @pytest.mark.parametrize("victim", ["torchrun", pytest.param("ranks", marks=pytest.mark.slow)])
 def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(tiny_job, tmp_path, victim):
     run_dir = tmp_path / "run"
