@@ -134,40 +134,34 @@ def test_a_run_killed_between_evaluations_goes_on_as_if_it_had_not_been(whole, w
     assert_same_training(run_dir, whole[0])
 
 
-@pytest.mark.parametrize(
-    ("step", "due", "file", "line"),
-    [
-        (8, ["trainer.eval_interval=8", "data.held_out_samples=2000"], "metrics.jsonl",
-         '"step": 8,'),
-        (STEPS, ["trainer.probe_interval=14", "trainer.probe_prompts=4", "trainer.probe_tokens=60"],
-         "log/rank0.log", "phase probe"),
-    ],
-    ids=["held-out samples", "probe after the last step"],
-)  # fmt: skip
-def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(
-    words, tmp_path, step, due, file, line
-):
-    """Whoever stops a job may kill it a few seconds later."""
-    many = tiny.write_data(tmp_path / "many.jsonl", num_rows=3000, seed=1)
-    own = [*words, *due, f"data.held_out_path={many}", "trainer.save_interval=7"]
+def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(words, tmp_path):
+    """Whoever stops a job may kill it a few seconds later. Here it is stopped while it evaluates,
+    and, when it goes on, in the probe that follows its last step."""
+    many = tiny.write_data(tmp_path / "many.jsonl", num_rows=900, seed=1)
+    own = [*words, f"data.held_out_path={many}", "data.held_out_samples=700",
+           "trainer.eval_interval=8", "trainer.probe_interval=14", "trainer.probe_prompts=4",
+           "trainer.probe_tokens=60", "trainer.save_interval=7"]  # fmt: skip
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    job(2, "+mode=colocate", *own, f"run_dir={whole}")
     start = command(2, "-m", "colospec.run", "+mode=colocate", *own, f"run_dir={stopped}")
-    with started(start) as process:
-        wait_for(stopped / file, line, process)
-        engine = rank_pid(process, 1)
-        os.kill(engine, signal.SIGSTOP)  # the evaluation cannot end
-        process.send_signal(signal.SIGTERM)
-        time.sleep(1)
-        os.kill(engine, signal.SIGCONT)
-        output, _ = process.communicate(timeout=60)
-    assert f"stopped after {step} steps, checkpoint saved" in output, output[-5000:]
-    assert "error: " not in output, output[-5000:]
-    assert not measured(stopped), "an evaluation is reported whole or not at all"
-    assert files(stopped / "probe") == []
-    assert not (stopped / "export").exists()
-    for run_dir in (stopped, whole):
-        job(2, "+mode=colocate", *own, f"run_dir={run_dir}")
-    assert step in {at for at, _ in measured(stopped)}
+    for step, file, line in (
+        (8, "metrics.jsonl", '"step": 8,'), (STEPS, "log/rank0.log", "phase probe"),
+    ):  # fmt: skip
+        with started(start) as process:
+            wait_for(stopped / file, line, process)
+            engine = rank_pid(process, 1)
+            os.kill(engine, signal.SIGSTOP)  # the evaluation cannot end
+            process.send_signal(signal.SIGTERM)
+            time.sleep(1)
+            os.kill(engine, signal.SIGCONT)
+            output, _ = process.communicate(timeout=60)
+        assert f"stopped after {step} steps, checkpoint saved" in output, output[-5000:]
+        assert "error: " not in output, output[-5000:]
+        reached = {at for at, _ in measured(stopped)}
+        assert reached == (set() if step == 8 else {8}), "reported whole or not at all"
+        assert files(stopped / "probe") == []
+        assert not (stopped / "export").exists()
+    job(2, "+mode=colocate", *own, f"run_dir={stopped}")
     assert measured(stopped) == measured(whole)
     assert_same_training(stopped, whole)
     last = open_checkpoint(stopped / "checkpoint" / f"step-{STEPS:06d}").manifest
