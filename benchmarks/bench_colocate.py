@@ -72,6 +72,7 @@ def run_job(arguments: argparse.Namespace, directory: Path) -> tuple[RunConfig, 
         sys.exit(f"error: benchmarks/flops.py has no formula for draft={run.draft.algorithm}")
     target = load_target(run)
     lengths, mask = samples(cell)
+    work_per_sample(run, target, lengths, mask)  # what cannot be counted is told before the run
     plan = {
         "overrides": overrides,
         "directory": str(directory),

@@ -170,7 +170,9 @@ def main() -> None:
     is_whole = False
     try:
         run_all(arguments, kept)
-        is_whole = not arguments.draft and not arguments.overrides
+        is_whole = not (arguments.draft or arguments.overrides) and all(
+            not row["failed"] and NO_TIME not in row["skipped"].values() for row in kept["rows"]
+        )
     finally:
         file = f"step-{record.slug(origin['machine'])}.json" if is_whole else None
         record.write(kept, arguments, name=file)

@@ -54,11 +54,16 @@ class Tracker(Protocol):
 class JsonlTracker:
     """Appends one JSON object per logged step to metrics.jsonl; always on."""
 
-    def __init__(self, path: Path, *, first_step: int) -> None:
+    def __init__(self, path: Path, *, first_step: int, owes_evaluation: bool = False) -> None:
         # Lines past the checkpoint that a resumed run starts from will be written again.
         kept = []
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= first_step]
+            kept = [
+                line
+                for line in path.read_text().splitlines()
+                if (step := _step(line)) < first_step
+                or (step == first_step and not (owes_evaluation and _is_evaluation(line)))
+            ]
         rewritten = path.with_suffix(".tmp")
         rewritten.write_text("".join(line + "\n" for line in kept))
         rewritten.rename(path)
@@ -80,6 +85,10 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except ValueError:
         return math.inf
+
+
+def _is_evaluation(line: str) -> bool:
+    return any(name.startswith(("eval/", "probe/")) for name in json.loads(line))
 
 
 class TensorboardTracker:
@@ -118,13 +127,23 @@ class WandbTracker:
 
 
 def open_trackers(
-    name: str, project: str, run_dir: Path, config: Mapping[str, Any], *, first_step: int
+    name: str,
+    project: str,
+    run_dir: Path,
+    config: Mapping[str, Any],
+    *,
+    first_step: int,
+    owes_evaluation: bool = False,
 ) -> list[Tracker]:
-    """Open metrics.jsonl and the tracker chosen by `name`.
+    """Open metrics.jsonl and the tracker chosen by `name`, after `first_step` steps.
 
+    `owes_evaluation`: what was measured after the last of them is measured once more.
     Raises RuntimeError with the install command if its package is missing.
     """
-    trackers: list[Tracker] = [JsonlTracker(run_dir / "metrics.jsonl", first_step=first_step)]
+    rows = JsonlTracker(
+        run_dir / "metrics.jsonl", first_step=first_step, owes_evaluation=owes_evaluation
+    )
+    trackers: list[Tracker] = [rows]
     try:
         if name == "tensorboard":
             trackers.append(TensorboardTracker(run_dir / "tensorboard"))

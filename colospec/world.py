@@ -89,7 +89,7 @@ class World:
         if not self.watchdog.signalled.is_set():
             self.watchdog.signalled.set()
             name = signal.Signals(number).name
-            log.info("%s: stopping at the next step, with a checkpoint", name)
+            log.info("%s: stopping after the step in flight, with a checkpoint", name)
 
 
 @contextmanager

@@ -46,6 +46,21 @@ def test_metrics_file_drops_lines_past_the_step_that_a_run_resumes_from(tmp_path
     assert [(row["step"], row["train/loss"]) for row in rows] == [(10, 1.0), (20, 2.0), (30, 9.0)]
 
 
+def test_metrics_file_drops_an_evaluation_that_is_made_once_more(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tracker = JsonlTracker(path, first_step=0)
+    for step in (1, 2):
+        for name in ("train/loss", "eval/loss", "probe/gap"):
+            tracker.log(step, {name: 1.0})
+    tracker.close()
+    for owes, left in ((False, 6), (True, 4)):
+        JsonlTracker(path, first_step=2, owes_evaluation=owes).close()
+        assert len(path.read_text().splitlines()) == left
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    assert [row["step"] for row in rows if "train/loss" not in row] == [1, 1]
+
+
 def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')

@@ -97,7 +97,8 @@ class Checkpointer:
         self._peers.from_rank0(self._prepare)
 
     def newest_step(self) -> int | None:
-        """Return the step of the last `save` or `load` of this process, None before the first."""
+        """Return the step of this directory's checkpoint that this process saved or loaded last,
+        None before the first."""
         return self._newest_step
 
     def latest(self) -> Found | None:
@@ -125,7 +126,9 @@ class Checkpointer:
         found = self._find(lambda: open_checkpoint(path, contents=contents))
         assert found is not None
         load_state(found.path, state, self._peers.group)
-        self._newest_step, self._verified = found.step, None
+        is_ours = found.path.parent.resolve() == self.directory.resolve()
+        self._newest_step = found.step if is_ours else None
+        self._verified = None
         return found.manifest.meta
 
     def save(

@@ -148,6 +148,8 @@ class Probe:
         """Return the decoded texts with their features, what decoding gave, and the exported
         draft's simulated acceptance length."""
         job, device = self._job, self._world.device
+        if self._world.stop_requested:
+            raise StopRequestedError
         export_draft(
             state,
             self._directory,

@@ -21,7 +21,7 @@ from colospec.data.pack import Step
 from colospec.evaluate.simulate import simulated_acceptance_length
 from colospec.metrics import Tracker, open_trackers
 from colospec.train.evaluation import accuracies
-from colospec.train.job import Job
+from colospec.train.job import Job, Start
 from colospec.train.provenance import plain
 from colospec.world import World
 
@@ -62,8 +62,10 @@ class StepTimes:
         if self._on_cuda:
             torch.cuda.synchronize()
         paused = time.monotonic()
-        yield
-        self.began += time.monotonic() - paused
+        try:
+            yield
+        finally:
+            self.began += time.monotonic() - paused
 
     def start(self, step: Step) -> None:
         """Begin a step."""
@@ -108,18 +110,19 @@ class StepTimes:
 class Reporter:
     """Prints and stores metrics on trainer 0; silent on the others. A context manager."""
 
-    def __init__(self, job: Job, world: World, run_dir: Path, first_step: int) -> None:
+    def __init__(self, job: Job, world: World, run_dir: Path, start: Start) -> None:
         self._job, self._world = job, world
         self._total = job.total_steps
         self._trackers: list[Tracker] = []
         self._progress: Progress | None = None
-        self._first_step, self._began = first_step, time.monotonic()
+        self._first_step, self._began = start.step, time.monotonic()
         if world.place.role_rank == 0:
             run = job.run
             tracker = run.tracker
             self._trackers = open_trackers(
-                tracker.name.value, tracker.project, run_dir, plain(run), first_step=first_step
-            )
+                tracker.name.value, tracker.project, run_dir, plain(run),
+                first_step=start.step, owes_evaluation=start.owes_evaluation,
+            )  # fmt: skip
             if console_log.is_terminal():
                 columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn())
                 self._progress = Progress(

@@ -13,7 +13,7 @@ def write_result(run_dir: Path, name: str, metrics: Mapping[str, float], *, step
     """Write `run_dir`/result.json; its `objective` is the metric `name`, lower is better.
 
     Raises ValueError where `name` was not measured at the end: a run that goes on from its last
-    step makes no evaluation.
+    step measures nothing but what it owes.
     """
     if name not in metrics:
         raise ValueError(

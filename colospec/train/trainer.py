@@ -103,7 +103,7 @@ class Trainer:
             optim_state_dict=state["optimizer"],
         )
         self.position = Start(
-            meta["epoch"], meta["micro_batch"], meta["step"], meta["owes_evaluation"]
+            meta["epoch"], meta["micro_batch"], meta["step"], meta.get("owes_evaluation", False)
         )
         self.job = self.job.resumed(self.position, meta)
         self.last_metrics = meta["facts"]["metrics"]
@@ -132,7 +132,7 @@ class Trainer:
 
         `target` answers the probes of trainer 0.
         """
-        reporter = Reporter(self.job, self.world, self.run_dir, self.position.step)
+        reporter = Reporter(self.job, self.world, self.run_dir, self.position)
         self.times.clear()
         with reporter:
             finished = self._work(source, target, reporter)
@@ -281,18 +281,22 @@ class Trainer:
         Raises StopRequestedError, having reported nothing, where somebody asks to stop meanwhile:
         the whole of it follows when the run goes on.
         """
-        name, step = self.job.run.trainer.best_metric, self.position.step
         measured: dict[str, dict[str, float]] = {}
+
+        def keep(group: str, values: dict[str, float]) -> None:
+            measured[group] = values
+            names = {f"{group}/{name}": value for name, value in values.items()}
+            check_best_metric(self.job.run.trainer.best_metric, group, names)
+
         with self.times.paused():
             if evaluation.bins:
-                measured["eval"] = evaluate(self.job, self.world, self.draft, evaluation, source)
+                keep("eval", evaluate(self.job, self.world, self.draft, evaluation, source))
             if evaluation.has_probe:
                 self.world.phase("probe", self.world.limit.checkpoint_s)
-                measured["probe"] = self._probe(evaluation, target)
+                keep("probe", self._probe(evaluation, target))
                 self.world.phase("train", 2 * self.world.limit.step_s)
             for group, values in measured.items():
-                self._evaluated |= reporter.report_evaluation(step, group, values)
-                check_best_metric(name, group, self._evaluated)
+                self._evaluated |= reporter.report_evaluation(self.position.step, group, values)
         self.last_metrics = self.last_metrics | self._evaluated
 
     def _probe(self, evaluation: Evaluation, target: ProbeTarget) -> dict[str, float]:

@@ -57,6 +57,18 @@ def test_state_is_bit_identical_after_resuming_on_other_trainers(tmp_path, savin
     assert resumed[0][-1] == numbers or saving != loading
 
 
+def load_elsewhere(_rank, directory, other):
+    run = Run(other)
+    run.load(run.checkpointer.choose(str(latest(directory).path)))
+    return run.checkpointer.newest_step()
+
+
+def test_a_checkpoint_of_another_directory_is_not_one_of_this(tmp_path):
+    run_ranks(train_and_save, 1, tmp_path / "one")
+    assert run_ranks(load_elsewhere, 1, tmp_path / "one", tmp_path / "two") == [None]
+    assert latest(tmp_path / "two") is None
+
+
 def test_weights_load_whole_in_one_process_without_a_group(tmp_path):
     (before, _, _), _ = run_ranks(train_and_save, 2, tmp_path)
     model = load_model(latest(tmp_path).path)

@@ -135,17 +135,19 @@ def test_a_run_killed_between_evaluations_goes_on_as_if_it_had_not_been(whole, w
 
 
 def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(words, tmp_path):
-    """Whoever stops a job may kill it a few seconds later. Here it is stopped while it evaluates,
-    and, when it goes on, in the probe that follows its last step."""
+    """Whoever stops a job may kill it a few seconds later. Here it is stopped while two trainers
+    evaluate, when it goes on in what it owes, and in the probe that follows its last step."""
     many = tiny.write_data(tmp_path / "many.jsonl", num_rows=900, seed=1)
-    own = [*words, f"data.held_out_path={many}", "data.held_out_samples=700",
+    own = [*words, "trainer.accumulation=1", f"data.held_out_path={many}",
+           "data.held_out_samples=700",
            "trainer.eval_interval=8", "trainer.probe_interval=14", "trainer.probe_prompts=4",
            "trainer.probe_tokens=60", "trainer.save_interval=7"]  # fmt: skip
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    job(2, "+mode=colocate", *own, f"run_dir={whole}")
-    start = command(2, "-m", "colospec.run", "+mode=colocate", *own, f"run_dir={stopped}")
+    job(4, "+mode=colocate", *own, f"run_dir={whole}")
+    start = command(4, "-m", "colospec.run", "+mode=colocate", *own, f"run_dir={stopped}")
+    log = "log/rank0.log"
     for step, file, line in (
-        (8, "metrics.jsonl", '"step": 8,'), (STEPS, "log/rank0.log", "phase probe"),
+        (8, "metrics.jsonl", '"step": 8,'), (8, log, "resume: "), (STEPS, log, "phase probe"),
     ):  # fmt: skip
         with started(start) as process:
             wait_for(stopped / file, line, process)
@@ -161,7 +163,7 @@ def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(words, tmp_pat
         assert reached == (set() if step == 8 else {8}), "reported whole or not at all"
         assert files(stopped / "probe") == []
         assert not (stopped / "export").exists()
-    job(2, "+mode=colocate", *own, f"run_dir={stopped}")
+    job(4, "+mode=colocate", *own, f"run_dir={stopped}")
     assert measured(stopped) == measured(whole)
     assert_same_training(stopped, whole)
     last = open_checkpoint(stopped / "checkpoint" / f"step-{STEPS:06d}").manifest

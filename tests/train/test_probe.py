@@ -185,7 +185,7 @@ class Store:
         return self.keys[key]
 
     def delete(self, key):
-        del self.keys[key]
+        self.keys.pop(key, None)
 
 
 def test_requests_arrive_in_order_with_the_micro_batch_that_the_trainer_expects():

@@ -1,6 +1,7 @@
 """Step times on a CPU; those of a GPU are in tests/gpu/test_trainer.py."""
 
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -26,17 +27,20 @@ def test_every_part_has_the_time_since_the_mark_before():
     parts = times.seconds()
     assert list(parts) == list(PARTS)
     assert all(seconds >= 0.004 * (i + 1) for i, seconds in enumerate(parts.values()))
-    assert sum(parts.values()) == pytest.approx(elapsed, abs=0.005)
+    assert elapsed - 0.2 < sum(parts.values()) <= elapsed
     assert times.host_wait_s == parts["wait"]
     assert (times.num_steps, times.num_samples, times.num_tokens) == (2, 4, 16)
     times.clear()
     assert sum(times.seconds().values()) == times.host_wait_s == times.num_tokens == 0
 
 
-def test_what_happens_in_a_pause_is_not_in_the_window():
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_what_happens_in_a_pause_is_not_in_the_window(error):
     times = StepTimes(np.array([3]), torch.device("cpu"))
     began = times.began
-    with times.paused():
+    with suppress(RuntimeError), times.paused():
         time.sleep(0.02)
+        if error is not None:
+            raise error
     assert 0.02 <= times.began - began <= time.monotonic() - began
     assert sum(times.seconds().values()) == 0
