@@ -34,8 +34,8 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.alignment import Unroll
-from colospec.draft.eagle3.config import Loss
 from colospec.draft.kernels import choice
+from colospec.draft.settings import Loss
 
 # Most elements of a [rows, vocabulary] tensor. Two of them live at a time on a GPU, in the type of
 # the head, and about four on a CPU. A GPU needs more rows to hide the traffic of the head's

@@ -8,9 +8,10 @@ from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.config import Weights
 from colospec.draft import registry
 from colospec.draft.alignment import unroll
-from colospec.draft.eagle3.config import Alignment, Loss
-from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.eagle3.config import Alignment
 from colospec.draft.kv_cache import KVCache
+from colospec.draft.layers import eagle3_layers
+from colospec.draft.settings import Loss
 from colospec.target import Target
 from tests.draft.cases import (
     context,

@@ -5,7 +5,7 @@ import torch
 
 from colospec.batch import FeatureBatch, Features
 from colospec.draft.attention import Documents, ttt_attention
-from colospec.draft.eagle3.config import Loss
+from colospec.draft.settings import Loss
 from tests.draft.cases import context, gradients, make_batch, make_config, make_draft, make_target
 from tests.draft.test_attention import explicit, make_inputs, run
 from tests.gpu.machine import needs_gpus

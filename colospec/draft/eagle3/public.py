@@ -16,7 +16,7 @@ from typing import Any
 
 from colospec.config import DraftConfig
 from colospec.draft.eagle3.config import Eagle3Config
-from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.layers import eagle3_layers
 from colospec.draft.public import (
     TARGETS_OWN,
     CardText,

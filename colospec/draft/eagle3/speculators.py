@@ -10,8 +10,8 @@ from typing import Any
 
 from colospec.config import DraftConfig
 from colospec.draft.eagle3.config import Eagle3Config
-from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.eagle3.public import EAGLE3_TOKENS, Eagle3Format
+from colospec.draft.layers import eagle3_layers
 from colospec.draft.public import CardText, layer_fields
 from colospec.draft.speculators import (
     SpeculatorsFormat,

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from colospec.config import DraftConfig
-from colospec.draft.eagle3.layers import eagle3_layers
-from colospec.draft.layers import chosen_mask_token
+from colospec.draft.layers import chosen_mask_token, eagle3_layers
 from colospec.draft.peagle.config import PEagleConfig
 from colospec.draft.public import (
     TARGETS_OWN,
