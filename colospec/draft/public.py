@@ -137,6 +137,28 @@ def layer_fields(target: Target, intermediate_size: int | None) -> dict[str, Any
     }
 
 
+def layer_shapes(
+    name: str, target: Target, *, intermediate_size: int | None, input_size: int
+) -> Shapes:
+    """Return the shapes of a decoder layer called `name`, whose attention reads [., input_size]
+    and adds to states [., hidden_size]."""
+    hidden, mlp = target.hidden_size, intermediate_size or target.intermediate_size
+    query = target.num_attention_heads * target.head_dim
+    key = target.num_key_value_heads * target.head_dim
+    shapes: Shapes = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (query, input_size),
+        "self_attn.k_proj": (key, input_size),
+        "self_attn.v_proj": (key, input_size),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+
 def draft_vocab_size(wanted: int | None, target: Target) -> int:
     """Return how many tokens a draft can propose, of draft.draft_vocab_size."""
     return min(wanted or target.vocab_size, target.vocab_size)
