@@ -19,9 +19,10 @@ from colospec.batch import FeatureSpec
 from colospec.config import DraftConfig
 from colospec.draft.alignment import Unroll
 from colospec.draft.base import DraftModel
-from colospec.draft.layer import LayerShape, RMSNorm, init_linears
+from colospec.draft.layer import LayerShape, init_linears
 from colospec.draft.layers import eagle3_layers
 from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rope import Rope
 from colospec.draft.settings import Loss, PrunedConfig
 from colospec.draft.vocab import choose_vocabulary

@@ -11,7 +11,7 @@ import torch
 from colospec.draft.block_attention import block_attention
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
-from colospec.draft.layer import RMSNorm
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rows import norm_rotate
 from tests.draft.block_cases import make_blocks, make_leaves
 from tests.draft.cases import make_target

@@ -14,8 +14,9 @@ from colospec.draft.alignment import unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.eagle3.config import Alignment
 from colospec.draft.kernels import choice
-from colospec.draft.layer import MLP, DraftLayer, LayerShape, RMSNorm
+from colospec.draft.layer import MLP, DraftLayer, LayerShape
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rope import rotate, rotate_, rotate_back
 from colospec.draft.settings import Loss
 from tests.draft.cases import gradients, make_batch, make_config, make_draft, make_target

@@ -10,11 +10,8 @@ W target and draft vocabulary, P supervised positions of all K steps.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 
 from colospec.batch import FeatureBatch
 from colospec.draft.alignment import Unroll, to_device, unroll
@@ -24,9 +21,11 @@ from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.eagle3.public import Eagle3Format
 from colospec.draft.eagle3.speculators import Eagle3Speculators
 from colospec.draft.kv_cache import KVCache
-from colospec.draft.layer import DraftLayer, LayerShape, RMSNorm
+from colospec.draft.layer import DraftLayer, LayerShape
 from colospec.draft.layers import eagle3_layers
+from colospec.draft.norm import RMSNorm
 from colospec.draft.pruned import PrunedDraft, step_metrics
+from colospec.draft.rows import pick_each
 from colospec.target import Target
 
 
@@ -60,7 +59,7 @@ class Eagle3(PrunedDraft, ChainDraft):
         rows = unroll(batch.tokens, ttt_length=config.ttt_length, alignment=config.alignment)
         rows = rows.to(last.device)
         states = self.unroll(batch, rows)
-        picked: Tensor = _Pick.apply(rows.positions, rows.sizes, *states)  # type: ignore[no-untyped-call]
+        picked = pick_each(states, rows.positions, rows.sizes)
         del states
         sums = self.compare(
             picked if config.norm_output else self.norm(picked),
@@ -119,31 +118,3 @@ class Eagle3(PrunedDraft, ChainDraft):
 
     def _finish(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.config.norm_output else hidden
-
-
-class _Pick(Function):
-    """Rows `positions` [P] of the steps' states [T, D], `sizes` of them from each: [P, D].
-
-    A position occurs once in a step, so the gradient is a copy: no atomic sums, always the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, positions: Tensor, sizes: list[int], *states: Tensor) -> Tensor:
-        ctx.save_for_backward(positions)
-        ctx.sizes, ctx.num_tokens = sizes, len(states[0])
-        out = states[0].new_empty(len(positions), states[0].shape[1])
-        spans = zip(torch.split(positions, sizes), torch.split(out, sizes), strict=True)
-        for step, (index, part) in zip(states, spans, strict=True):
-            torch.index_select(step, 0, index, out=part)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (positions,) = ctx.saved_tensors
-        grads = []
-        spans = zip(torch.split(positions, ctx.sizes), torch.split(grad, ctx.sizes), strict=True)
-        for index, part in spans:
-            total = grad.new_zeros(ctx.num_tokens, grad.shape[1])
-            grads.append(total.index_copy_(0, index, part))
-        return None, None, *grads

@@ -23,10 +23,9 @@ from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import BlockDraft, Choose, LossTerms, StepContext
 from colospec.draft.block_attention import block_attention
 from colospec.draft.kv_cache import KVCache
-from colospec.draft.layer import Attend, DraftLayer, LayerShape
+from colospec.draft.layer import Attend, DraftLayer, LayerShape, PlainLayer
 from colospec.draft.layers import chosen_mask_token, eagle3_layers
 from colospec.draft.peagle.config import PEagleConfig
-from colospec.draft.peagle.layers import PlainLayer
 from colospec.draft.peagle.public import PEagleFormat
 from colospec.draft.peagle.sampling import Places, sample_places
 from colospec.draft.peagle.speculators import PEagleSpeculators
