@@ -17,7 +17,6 @@ from colospec.draft.settings import PrunedConfig
 from colospec.draft.speculators import (
     SpeculatorsFormat,
     input_layers,
-    layer_config,
     output_layers,
     speculators_fields,
 )
@@ -117,5 +116,6 @@ class PrunedSpeculators(SpeculatorsFormat, PrunedFormat):
         }
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        layers = output_layers(contents.get(LAYER_IDS))
-        return contents | layer_config(contents) | {"eagle_config": {LAYER_IDS: layers}}
+        inner = {LAYER_IDS: output_layers(contents.get(LAYER_IDS))}
+        layer: dict[str, Any] = contents["transformer_layer_config"]
+        return contents | layer | {"eagle_config": inner}
