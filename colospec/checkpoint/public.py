@@ -17,6 +17,7 @@ import colospec
 from colospec.config import DraftConfig
 from colospec.draft import registry
 from colospec.draft.public import MAPPING, SPECULATORS_KEY, PublicFormat
+from colospec.draft.rope import rope_difference
 from colospec.target import Target
 
 CONFIG = "config.json"
@@ -118,6 +119,7 @@ def read_public(directory: Path, target: Target) -> tuple[DraftConfig, PublicFor
         config = form.read_config(contents)
         config.check()
         facts = form.facts(contents)
+        rope = rope_difference(facts, target)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as {form.architectures[0]}: {error}") from error
     different = [
@@ -125,6 +127,7 @@ def read_public(directory: Path, target: Target) -> tuple[DraftConfig, PublicFor
         for key, value in form.target_facts(target).items()
         if facts.get(key, value) != value
     ]
+    different += [rope] if rope else []
     if different:
         raise ValueError(f"{file} is for another target than {target.path}: {'; '.join(different)}")
     return config, form

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from colospec.draft.chunks import chunks
 from colospec.draft.kernels import choice
-from colospec.draft.loss import CHUNK_TOKENS
 
 # Most elements of the logits of a chunk. One such tensor lives at a time on a GPU, in the type of
 # the head, and about four on a CPU. The fewer rows, the less of a GPU do the products fill.
@@ -50,11 +50,13 @@ class _CrossEntropy(Function):
         loss = hidden.new_empty(len(hidden), dtype=dtype)
         right = torch.empty_like(labels, dtype=torch.bool)
         grad = torch.empty_like(hidden) if gradients else None
-        kind = hidden.device.type
-        wanted = chunk_tokens or CHUNK_TOKENS[kind]
-        rows = max(1, min(wanted, MAX_ELEMENTS[kind] // len(head)))
-        for first in range(0, len(hidden), rows):
-            part = slice(first, first + rows)
+        for part in chunks(
+            len(hidden),
+            width=len(head),
+            chunk_tokens=chunk_tokens,
+            device=hidden.device,
+            max_elements=MAX_ELEMENTS,
+        ):
             logits = hidden[part].to(head.dtype) @ head.T
             slope = _compare(logits, labels[part], loss[part], right[part], gradients=gradients)
             del logits

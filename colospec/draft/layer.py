@@ -1,17 +1,17 @@
-"""The draft's decoder layer, with the public tensor names of EAGLE-3 checkpoints.
+"""The decoder layers of drafts, with the public tensor names of Llama's and Qwen3's.
 
-Its parts are autograd functions that save less than autograd would: TTT keeps the activations of
+Their parts are autograd functions that save less than autograd would: TTT keeps the activations of
 every step, so each tensor saved here counts `ttt_length` times. What is elementwise runs as kernels
 on CUDA.
 
-Shape letters: T tokens, D hidden size, I MLP width.
+Shape letters: T tokens, D hidden size, M key-value heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.kernels import choice
-from colospec.draft.rope import rotate_, rotate_back
+from colospec.draft.norm import RMSNorm, norm_pair
+from colospec.draft.rows import linear_backward, linears, linears_rotate, norm_rotate
 from colospec.target import Target
 
+Table = tuple[Tensor, Tensor]
+"""cos and sin of the tokens' positions, see `rope.Rope.table`"""
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query [T, N, head_dim], key and value [T, M, head_dim] of the new tokens) -> [T, N, head_dim]"""
 
@@ -60,25 +63,6 @@ def init_linears(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension, in float32; saves its input and one number per row."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, states: Tensor) -> Tensor:
-        out: Tensor = _RMSNorm.apply(states, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return out
-
-    def add(self, states: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return states + branch (None: the states) and that normed; both gradients come back as
-        one."""
-        out: tuple[Tensor, Tensor] = _AddNorm.apply(states, branch, self.weight, self.eps)  # type: ignore[no-untyped-call]
-        return out
-
-
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), x [T, D]; saves x, gate(x) and up(x), no product."""
 
@@ -96,21 +80,51 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and rotary embedding; how new tokens attend is the caller's."""
+    """Projections and rotary embedding of states [T, input_size]; how new tokens attend is the
+    caller's.
 
-    def __init__(self, shape: LayerShape) -> None:
+    With `head_norms` each head of queries and keys is normed before it is rotated, as in Qwen3.
+    """
+
+    def __init__(self, shape: LayerShape, *, input_size: int, head_norms: bool = False) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        kv_size = shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(2 * shape.hidden_size, shape.num_heads * shape.head_dim, bias=False)
-        self.k_proj = nn.Linear(2 * shape.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(2 * shape.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias=False)
+        width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(input_size, width, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(input_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, shape.hidden_size, bias=False)
+        self.q_norm = RMSNorm(shape.head_dim, shape.eps) if head_norms else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.eps) if head_norms else None
 
-    def forward(self, states: Tensor, table: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        out = attend(*_Project.apply(states, *weights, *table, self.head_dim))  # type: ignore[no-untyped-call]
+    def keys_values(self, states: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        """Return keys, rotated, and values [n, M, head_dim] of states [n, input_size]."""
+        key, value = self._project(states, (self.k_proj, self.v_proj), (self.k_norm,), table)
+        return key, value
+
+    def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
+        """Attend from states [T, input_size]; returns [T, D]."""
+        maps = self.q_proj, self.k_proj, self.v_proj
+        out = attend(*self._project(states, maps, (self.q_norm, self.k_norm), table))
         return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+    def _project(
+        self,
+        states: Tensor,
+        maps: tuple[nn.Linear, ...],
+        norms: tuple[RMSNorm | None, ...],
+        table: Table,
+    ) -> tuple[Tensor, ...]:
+        """Return the heads [n, ., head_dim] of each map, normed and rotated but for the last."""
+        weights = [linear.weight for linear in maps]
+        if None in norms:
+            return linears_rotate(states, weights, table, head_dim=self.head_dim)
+        *parts, value = linears(states, weights)
+        turned = (
+            norm_rotate(part, cast(RMSNorm, norm), table)
+            for part, norm in zip(parts, norms, strict=True)
+        )
+        return *turned, value.view(len(value), value.shape[1] // self.head_dim, self.head_dim)
 
 
 class DraftLayer(nn.Module):
@@ -124,16 +138,13 @@ class DraftLayer(nn.Module):
         self.norm_before_residual = norm_before_residual
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.eps)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.eps)
-        self.self_attn = Attention(shape)
+        self.self_attn = Attention(shape, input_size=2 * shape.hidden_size)
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.eps)
         self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
 
-    def forward(
-        self, embeds: Tensor, hidden: Tensor, table: tuple[Tensor, Tensor], attend: Attend
-    ) -> Tensor:
+    def forward(self, embeds: Tensor, hidden: Tensor, table: Table, attend: Attend) -> Tensor:
         """Return the next hidden states [T, D], before any norm; `embeds` and `hidden` [T, D]."""
-        left, right = self.input_layernorm, self.hidden_norm
-        pair = _NormPair.apply(embeds, hidden, left.weight, right.weight, left.eps)  # type: ignore[no-untyped-call]
+        pair = norm_pair(embeds, hidden, (self.input_layernorm, self.hidden_norm))
         if self.norm_before_residual:
             hidden = pair[:, embeds.shape[1] :].contiguous()
         branch = self.self_attn(pair, table, attend)
@@ -141,150 +152,23 @@ class DraftLayer(nn.Module):
         return hidden + self.mlp(normed)  # type: ignore[no-any-return]
 
 
-class _RMSNorm(Function):
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out = states.new_empty(states.shape)
-        ctx.save_for_backward(states, weight, _normalize(states, weight, eps, out))
-        return out
+class PlainLayer(nn.Module):
+    """One decoder layer over states, as in Llama, or with `head_norms` as in Qwen3."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[0]
-        return *_normalize_backward(grad, *ctx.saved_tensors, wanted=wanted), None
+    def __init__(self, shape: LayerShape, *, head_norms: bool = False) -> None:
+        super().__init__()
+        size = shape.hidden_size
+        self.input_layernorm = RMSNorm(size, shape.eps)
+        self.self_attn = Attention(shape, input_size=size, head_norms=head_norms)
+        self.post_attention_layernorm = RMSNorm(size, shape.eps)
+        self.mlp = MLP(size, shape.intermediate_size)
 
-
-class _NormPair(Function):
-    """Two normed tensors [T, D] side by side, [T, 2 D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, left: Tensor, right: Tensor, weight: Tensor, other: Tensor, eps: float
-    ) -> Tensor:
-        out = left.new_empty(len(left), 2 * left.shape[1])
-        halves = out.chunk(2, dim=1)
-        scales = _normalize(left, weight, eps, halves[0]), _normalize(right, other, eps, halves[1])
-        ctx.save_for_backward(left, right, weight, other, *scales)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        left, right, weight, other, *scales = ctx.saved_tensors
-        halves = grad.chunk(2, dim=1)
-        first, second = ctx.needs_input_grad[:2]
-        grad_left, grad_weight = _normalize_backward(
-            halves[0], left, weight, scales[0], wanted=first
-        )
-        grad_right, grad_other = _normalize_backward(
-            halves[1], right, other, scales[1], wanted=second
-        )
-        return grad_left, grad_right, grad_weight, grad_other, None
-
-
-class _AddNorm(Function):
-    """The sum of two tensors [T, D], and the normed sum; saves the sum."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, states: Tensor, branch: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        out = torch.empty_like(states)
-        if branch is None:
-            total = states
-            scale = _normalize(states, weight, eps, out)
-        elif choice.fused(states):
-            from colospec.draft.kernels import norm as kernels
-
-            total = torch.empty_like(states)
-            scale = kernels.normalize(states, weight, eps, out, branch=branch, total=total)
-        else:
-            total = states + branch
-            scale = _normalize(total, weight, eps, out)
-        ctx.save_for_backward(total, weight, scale)
-        return total, out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, second = ctx.needs_input_grad[:2]
-        grad_states, grad_weight = _normalize_backward(
-            grad, *ctx.saved_tensors, wanted=first or second, more=grad_total
-        )
-        return grad_states, grad_states if second else None, grad_weight, None
-
-
-def _normalize(states: Tensor, weight: Tensor, eps: float, out: Tensor) -> Tensor:
-    """Write the normed `states` times `weight` to `out`; return the scale of each row."""
-    if choice.fused(states):
-        from colospec.draft.kernels import norm as kernels
-
-        return kernels.normalize(states, weight, eps, out)
-    wide = states.to(torch.promote_types(states.dtype, torch.float32))
-    scale = torch.rsqrt(torch.linalg.vecdot(wide, wide).unsqueeze(-1) / wide.shape[-1] + eps)
-    out.copy_((wide * scale).mul_(weight))
-    return scale
-
-
-def _normalize_backward(
-    grad: Tensor,
-    states: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    *,
-    wanted: bool,
-    more: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Return the gradients of states (None unless `wanted`), plus `more`, and of weight."""
-    if choice.fused(states):
-        from colospec.draft.kernels import norm as kernels
-
-        return kernels.normalize_backward(grad, states, weight, scale, wanted=wanted, more=more)
-    normed = states * scale
-    grad_weight = torch.einsum("td,td->d", grad.to(scale.dtype), normed).to(weight.dtype)
-    if not wanted:
-        return None, grad_weight
-    grad_normed = grad * weight.to(scale.dtype)
-    mean = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1) / normed.shape[-1]
-    grad_states = grad_normed.sub_(normed.mul_(mean)).mul_(scale)
-    if more is not None:
-        grad_states += more
-    return grad_states.to(states.dtype), grad_weight
-
-
-class _Project(Function):
-    """Query [T, N, head_dim], key and value [T, M, head_dim], the first two rotated.
-
-    Saves the states [T, I] alone, nothing from before the rotation.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        head_dim: int,
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(states, query, key, value, cos, sin)
-        parts = [
-            F.linear(states, weight).view(len(states), len(weight) // head_dim, head_dim)
-            for weight in (query, key, value)
-        ]
-        return *(rotate_(part, (cos, sin)) for part in parts[:2]), parts[2]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        states, *weights, cos, sin = ctx.saved_tensors
-        turned = [rotate_back(grad.contiguous(), (cos, sin)) for grad in grads[:2]]
-        parts = [grad.flatten(1) for grad in (*turned, grads[2])]
-        grad_states, grad_weights = linear_backward(parts, states, weights)
-        return grad_states, *grad_weights, None, None, None
+    def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
+        """Return the next states [T, D], before any norm."""
+        states, normed = self.input_layernorm.add(states, None)
+        branch = self.self_attn(normed, table, attend)
+        states, normed = self.post_attention_layernorm.add(states, branch)
+        return states + self.mlp(normed)  # type: ignore[no-any-return]
 
 
 class _MLP(Function):
@@ -305,16 +189,6 @@ class _MLP(Function):
         del product
         grad_states, grad_weights = linear_backward(parts, states, (gate, up))
         return grad_states, *grad_weights, grad_down
-
-
-def linear_backward(
-    grads: Sequence[Tensor], states: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the gradients of `states`, which several linear maps read, and of their weights."""
-    total = grads[0] @ weights[0]
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        total.addmm_(grad, weight)
-    return total, [grad.T @ states for grad in grads]
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:

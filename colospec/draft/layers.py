@@ -18,6 +18,22 @@ def chosen_layers(wanted: Sequence[int], target: Target) -> tuple[int, ...]:
     return tuple(sorted(wanted))
 
 
+def eagle3_layers(wanted: Sequence[int] | None, target: Target) -> tuple[int, ...]:
+    """Return the aux layers of a draft that reads what EAGLE-3 reads, ascending; `wanted` is the
+    user's choice.
+
+    The default is [1, L // 2 - 1, L - 4]; where these are not distinct and ascending (L < 7), it is
+    up to three layers spread evenly. Raises ValueError for layers that the target does not have.
+    """
+    if wanted is not None:
+        return chosen_layers(wanted, target)
+    num_layers = target.num_layers
+    default = (1, num_layers // 2 - 1, num_layers - 4)
+    if default[0] < default[1] < default[2]:
+        return default
+    return spread_layers(3, target)
+
+
 def spread_layers(number: int, target: Target) -> tuple[int, ...]:
     """Return up to `number` layers spread evenly from 0 to L - 2 of L; the last layer only if there
     are too few."""

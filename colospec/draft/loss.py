@@ -34,14 +34,10 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.alignment import Unroll
-from colospec.draft.eagle3.config import Loss
+from colospec.draft.chunks import MAX_ELEMENTS, chunks
 from colospec.draft.kernels import choice
+from colospec.draft.settings import Loss
 
-# Most elements of a [rows, vocabulary] tensor. Two of them live at a time on a GPU, in the type of
-# the head, and about four on a CPU. A GPU needs more rows to hide the traffic of the head's
-# gradient.
-MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 MIN_ACCEPTANCE = 1e-8
 
 
@@ -207,11 +203,9 @@ def _chunks(rows: Unroll, settings: LossSettings, weight: Tensor) -> Iterator[tu
     num_rows = len(rows.teacher_rows)
     # The target's logits are computed in pieces of the vocabulary, of at least this many tokens.
     narrowest = 2**15 if weight.device.type == "cuda" else 1
-    limit = MAX_ELEMENTS[weight.device.type] // max(len(weight), narrowest)
-    wanted = settings.chunk_tokens or CHUNK_TOKENS[weight.device.type]
-    size = max(1, min(wanted, limit))
-    for start in range(0, num_rows, size):
-        yield start, min(start + size, num_rows)
+    width, chunk_tokens = max(len(weight), narrowest), settings.chunk_tokens
+    for part in chunks(num_rows, width=width, chunk_tokens=chunk_tokens, device=weight.device):
+        yield part.start, part.stop
 
 
 def _steps(rows: Unroll, start: int, end: int) -> Iterator[tuple[int, tuple[int, int]]]:

@@ -70,7 +70,8 @@ class PublicFormat:
         raise NotImplementedError
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        """Return the part of config.json that `target_facts` is to be compared with."""
+        """Return the part of config.json that `target_facts`, and the target's rope, are to be
+        compared with."""
         return contents
 
     def target_facts(self, target: Target) -> dict[str, Any]:
@@ -137,6 +138,28 @@ def layer_fields(target: Target, intermediate_size: int | None) -> dict[str, Any
     }
 
 
+def layer_shapes(
+    name: str, target: Target, *, intermediate_size: int | None, input_size: int
+) -> Shapes:
+    """Return the shapes of a decoder layer called `name`, whose attention reads [., input_size]
+    and adds to states [., hidden_size]."""
+    hidden, mlp = target.hidden_size, intermediate_size or target.intermediate_size
+    query = target.num_attention_heads * target.head_dim
+    key = target.num_key_value_heads * target.head_dim
+    shapes: Shapes = {
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj": (query, input_size),
+        "self_attn.k_proj": (key, input_size),
+        "self_attn.v_proj": (key, input_size),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (mlp, hidden),
+        "mlp.up_proj": (mlp, hidden),
+        "mlp.down_proj": (hidden, mlp),
+    }
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+
 def draft_vocab_size(wanted: int | None, target: Target) -> int:
     """Return how many tokens a draft can propose, of draft.draft_vocab_size."""
     return min(wanted or target.vocab_size, target.vocab_size)
@@ -151,24 +174,35 @@ def layer_facts(target: Target) -> dict[str, Any]:
         "num_key_value_heads": target.num_key_value_heads,
         "head_dim": target.head_dim,
         "rms_norm_eps": float(target.hf_config.get("rms_norm_eps", 1e-6)),
-        "rope_theta": target.rope_theta,
     }
 
 
 def rope_fields(target: Target) -> dict[str, Any]:
     """Return the target's rope fields in the spellings of transformers 4 and 5, for all engines."""
-    hf = target.hf_config
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    # Targets that mix layer types keep one dict per type; the draft attends to everything.
-    rope = rope.get("full_attention", rope)
-    theta = float(rope.get("rope_theta") or target.rope_theta)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope = merged_rope(target.hf_config)
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     fields = {
-        "rope_theta": theta,
-        "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
-        "rope_parameters": {**scaling, "rope_type": kind, "rope_theta": theta},
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+        "rope_parameters": rope,
     }
-    if partial := rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor"):
+    if partial := partial_rotation(target.hf_config):
         fields["partial_rotary_factor"] = partial
     return fields
+
+
+def merged_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says of rope in the spelling of transformers 5: one flat dict with
+    rope_type and rope_theta."""
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    # Targets that mix layer types keep one dict per type; the draft attends to everything.
+    rope = rope.get("full_attention", rope)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    return {**rope, "rope_type": kind, "rope_theta": theta}
+
+
+def partial_rotation(config: dict[str, Any]) -> float | None:
+    """Return the share of a head that a config.json says is rotated; None where it does not."""
+    share: float | None = merged_rope(config).get("partial_rotary_factor")
+    return share or config.get("partial_rotary_factor")

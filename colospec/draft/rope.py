@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from colospec.draft.kernels import choice
+from colospec.draft.public import merged_rope, partial_rotation
 from colospec.target import Target
 
 SCALED = ("linear", "dynamic", "llama3", "yarn")
@@ -73,40 +74,54 @@ def rope_frequencies(target: Target) -> tuple[Tensor, float]:
     `dynamic` is taken at max_position_embeddings, where it equals the unscaled form.
     Raises ValueError for a form that we cannot reproduce.
     """
-    rope = _parameters(target)
+    return _frequencies(target.hf_config, target, f"{target.path}/config.json")
+
+
+def rope_difference(contents: dict[str, Any], target: Target) -> str | None:
+    """Say how a draft's config.json rotates otherwise than `target`, in whatever spelling; None if
+    it does not, or does not tell.
+
+    Raises ValueError for a form that we cannot reproduce.
+    """
+    told = {key: value for key, value in contents.items() if value is not None}
+    if not {"rope_theta", "rope_scaling", "rope_parameters"} & told.keys():
+        return None
+    config = {
+        "rope_theta": merged_rope(target.hf_config)["rope_theta"],
+        "max_position_embeddings": target.hf_config.get("max_position_embeddings", 2048),
+    } | told
+    found, own = _frequencies(config, target, "it"), rope_frequencies(target)
+    if torch.equal(found[0], own[0]) and found[1] == own[1]:
+        return None
+    return f"rope {_described(config)}, expected {_described(target.hf_config)}"
+
+
+def _described(config: dict[str, Any]) -> dict[str, Any]:
+    share = partial_rotation(config)
+    return merged_rope(config) | ({"partial_rotary_factor": share} if share else {})
+
+
+def _frequencies(config: dict[str, Any], target: Target, where: str) -> tuple[Tensor, float]:
+    rope = merged_rope(config) | {"partial_rotary_factor": partial_rotation(config) or 1.0}
     kind = rope["rope_type"]
     if kind not in SCALED + UNSCALED:
-        raise ValueError(
-            f"{target.path}/config.json has rope_type={kind}; "
-            f"draft models know {', '.join(UNSCALED + SCALED)}"
-        )
+        known = ", ".join(UNSCALED + SCALED)
+        raise ValueError(f"{where} has rope_type={kind}; draft models know {known}")
     with torch.device("cpu"):
         if kind in UNSCALED:
-            size = int(target.head_dim * rope.get("partial_rotary_factor", 1.0))
+            size = int(target.head_dim * rope["partial_rotary_factor"])
             exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
             return 1.0 / rope["rope_theta"] ** exponents, 1.0
         # Seconds to import, and a trainer needs nothing else of it.
         from transformers import LlamaConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        config = LlamaConfig(
+        llama = LlamaConfig(
             hidden_size=target.hidden_size,
             num_attention_heads=target.num_attention_heads,
             head_dim=target.head_dim,
-            max_position_embeddings=target.hf_config.get("max_position_embeddings", 2048),
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
             rope_parameters=rope,
         )
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](llama, torch.device("cpu"))
         return inv_freq.to(torch.float32), float(scaling)
-
-
-def _parameters(target: Target) -> dict[str, Any]:
-    """Merge the old and new spellings into one flat dict with rope_type and rope_theta."""
-    config = target.hf_config
-    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    # Targets that mix layer types keep one dict per type; the draft attends to everything.
-    rope = rope.get("full_attention", rope)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta") or target.rope_theta
-    partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return {**rope, "rope_type": kind, "rope_theta": theta, "partial_rotary_factor": partial}

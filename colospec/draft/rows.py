@@ -1,4 +1,4 @@
-"""What block drafters do with rows, where autograd's own way would move them more often.
+"""Linear maps, rotations and picks of rows, where autograd's own way would save or move more.
 
 Shape letters: n rows, H columns, N heads of size D.
 """
@@ -8,19 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from colospec.draft.kernels import choice
-from colospec.draft.layer import RMSNorm, linear_backward
-from colospec.draft.rope import rotate
+from colospec.draft.norm import RMSNorm
+from colospec.draft.rope import rotate, rotate_, rotate_back
 
 
 def linears(states: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Apply several linear maps [W, H] to states [n, H]; their gradients in the states are added
     up by the products themselves."""
     out: tuple[Tensor, ...] = _Linears.apply(states, *weights)  # type: ignore[no-untyped-call]
+    return out
+
+
+def linears_rotate(
+    states: Tensor, weights: Sequence[Tensor], table: tuple[Tensor, Tensor], *, head_dim: int
+) -> tuple[Tensor, ...]:
+    """Return the heads [n, ., head_dim] that linear maps [., H] make of states [n, H], all but
+    those of the last one rotated; backward needs nothing from before the rotation."""
+    out: tuple[Tensor, ...] = _LinearsRotate.apply(states, *table, head_dim, *weights)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -36,8 +46,24 @@ def norm_rotate(states: Tensor, norm: RMSNorm, table: tuple[Tensor, Tensor]) -> 
 
 def pick(states: Tensor, rows: Tensor) -> Tensor:
     """Return some rows of `states` [., ...]; `rows` [n] int64, none of them twice."""
-    out: Tensor = _Pick.apply(states, rows)  # type: ignore[no-untyped-call]
+    return pick_each([states], rows, [len(rows)])
+
+
+def pick_each(steps: Sequence[Tensor], rows: Tensor, sizes: list[int]) -> Tensor:
+    """Return rows of several tensors [., ...] of one shape, one after another: of `rows` [n] int64
+    the first `sizes[0]` of `steps[0]`, and so on; none of them twice."""
+    out: Tensor = _Pick.apply(rows, sizes, *steps)  # type: ignore[no-untyped-call]
     return out
+
+
+def linear_backward(
+    grads: Sequence[Tensor], states: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the gradients of `states`, which several linear maps read, and of their weights."""
+    total = grads[0] @ weights[0]
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        total.addmm_(grad, weight)
+    return total, [grad.T @ states for grad in grads]
 
 
 class _Linears(Function):
@@ -52,6 +78,28 @@ class _Linears(Function):
         states, *weights = ctx.saved_tensors
         grad_states, grad_weights = linear_backward(grads, states, weights)
         return grad_states, *grad_weights
+
+
+class _LinearsRotate(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, head_dim: int, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(states, cos, sin, *weights)
+        parts = [
+            F.linear(states, weight).view(len(states), len(weight) // head_dim, head_dim)
+            for weight in weights
+        ]
+        return *(rotate_(part, (cos, sin)) for part in parts[:-1]), parts[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        states, cos, sin, *weights = ctx.saved_tensors
+        turned = [rotate_back(grad.contiguous(), (cos, sin)) for grad in grads[:-1]]
+        parts = [grad.flatten(1) for grad in (*turned, grads[-1])]
+        grad_states, grad_weights = linear_backward(parts, states, weights)
+        return grad_states, None, None, None, *grad_weights
 
 
 class _NormRotate(Function):
@@ -79,16 +127,26 @@ class _NormRotate(Function):
 
 
 class _Pick(Function):
-    """Autograd would add the gradients to zeros, element by element."""
+    """A row occurs once, so the gradient is a copy: autograd would add it to zeros, element by
+    element."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], *steps: Tensor) -> Tensor:
         ctx.save_for_backward(rows)
-        ctx.num_rows = len(states)
-        return states.index_select(0, rows)
+        ctx.sizes, ctx.num_rows = sizes, len(steps[0])
+        out = steps[0].new_empty(len(rows), *steps[0].shape[1:])
+        spans = zip(torch.split(rows, sizes), torch.split(out, sizes), strict=True)
+        for step, (index, part) in zip(steps, spans, strict=True):
+            torch.index_select(step, 0, index, out=part)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, rows, grad), None
+        spans = zip(torch.split(rows, ctx.sizes), torch.split(grad, ctx.sizes), strict=True)
+        grads = [
+            part.new_zeros(ctx.num_rows, *part.shape[1:]).index_copy_(0, index, part)
+            for index, part in spans
+        ]
+        return None, None, *grads

@@ -70,14 +70,6 @@ def serve_with_vllm(contents: dict[str, Any], method: str, num_tokens: int, **mo
     return f"{intro}\n{vllm_command(method, num_tokens, **more)}"
 
 
-def layer_config(contents: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the layers in a config.json, with rope_theta where layers of
-    transformers 4 have it."""
-    layer = dict(contents["transformer_layer_config"])
-    rope = layer.get("rope_parameters") or {}
-    return {"rope_theta": rope["rope_theta"], **layer} if "rope_theta" in rope else layer
-
-
 def input_layers(layers: tuple[int, ...]) -> list[int]:
     """Translate our layers, named by their outputs, into layers named by their inputs."""
     return [layer + 1 for layer in layers]

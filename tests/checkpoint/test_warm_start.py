@@ -156,6 +156,123 @@ def test_a_config_without_layer_ids_means_the_default_of_engines(target, tmp_pat
     check_warm_start(config, tmp_path / "out", target)
 
 
+# --- the rotary embedding
+
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
+ROPES = [DEFAULT, LLAMA3, YARN, DEFAULT | {"partial_rotary_factor": 0.67}]
+OTHERS = [
+    *ROPES,
+    DEFAULT | {"rope_theta": 1e6},
+    LLAMA3 | {"factor": 32.0},
+    YARN | {"attention_factor": 1.5},
+]
+
+
+def spell(rope, spelling):
+    """The fields of config.json by which one of the generations of transformers says `rope`."""
+    if spelling == "new":
+        return {"rope_parameters": rope}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    share = scaling.pop("partial_rotary_factor", None)
+    if spelling == "type":
+        scaling["type"] = scaling.pop("rope_type")
+    fields = {
+        "rope_theta": int(rope["rope_theta"]),
+        "rope_scaling": None if len(scaling) == 1 else scaling,
+    }
+    return fields | ({"partial_rotary_factor": share} if share else {})
+
+
+def respell(directory, fields):
+    """Let an export say these fields of rope and no others."""
+    file = directory / "config.json"
+    contents = json.loads(file.read_text())
+    layer = contents.get("transformer_layer_config", contents)
+    for key in ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"):
+        layer.pop(key, None)
+    layer.update(fields)
+    file.write_text(json.dumps(contents))
+
+
+def exported(target, directory, kind, form):
+    if kind == "dflash":
+        config = DFlashConfig(num_layers=1, block_size=4)
+        draft = registry.build(config, target, token_counts=None)
+    else:
+        config, draft = make_draft(target, random_counts())
+    export(draft, config, target, directory, format=form)
+    return config
+
+
+@pytest.mark.parametrize("spelling", ["old", "type", "new"])
+@pytest.mark.parametrize("form", ExportFormat)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_a_draft_rotates_like_its_target_in_whatever_spelling(tmp_path, kind, form, spelling):
+    for number, rope in enumerate(ROPES):
+        target = make_target(tmp_path / f"target{number}", rope_parameters=rope)
+        out = tmp_path / f"out{number}"
+        config = exported(target, out, kind, form)
+        check_warm_start(config, out, target)
+        respell(out, spell(rope, spelling))
+        check_warm_start(config, out, target)
+
+
+@pytest.mark.parametrize("spelling", ["old", "type", "new"])
+@pytest.mark.parametrize("form", ExportFormat)
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_a_draft_that_rotates_otherwise_is_refused(tmp_path, kind, form, spelling):
+    for number, rope in enumerate(ROPES):
+        target = make_target(tmp_path / f"target{number}", rope_parameters=rope)
+        out = tmp_path / f"out{number}"
+        config = exported(target, out, kind, form)
+        for other in (one for one in OTHERS if one != rope):
+            respell(out, spell(other, spelling))
+            with pytest.raises(ValueError, match=r"is for another target than .*: rope ") as error:
+                check_warm_start(config, out, target)
+            theirs, ours = str(error.value).split(", expected ")
+            for said, meant in ((theirs, other), (ours, rope)):
+                assert f"'rope_type': '{meant['rope_type']}'" in said
+                assert f"'rope_theta': {float(meant['rope_theta'])}" in said
+                for key in ("factor", "attention_factor", "partial_rotary_factor"):
+                    assert (f"'{key}': {meant.get(key)}" in said) == (key in meant)
+
+
+@pytest.mark.parametrize("form", ExportFormat)
+def test_a_draft_that_says_nothing_of_its_rotation_is_taken_for_the_targets(tmp_path, form):
+    target = make_target(tmp_path / "target", rope_parameters=LLAMA3)
+    config = exported(target, tmp_path / "out", "eagle3", form)
+    for fields in ({}, {"rope_scaling": None}, {"rope_theta": None, "rope_parameters": None}):
+        respell(tmp_path / "out", fields)
+        check_warm_start(config, tmp_path / "out", target)
+    # A base without scaling is the unscaled form to every engine.
+    respell(tmp_path / "out", {"rope_theta": 5e5})
+    with pytest.raises(ValueError, match=r"rope \{'rope_type': 'default'.*expected .*llama3"):
+        check_warm_start(config, tmp_path / "out", target)
+
+
+def test_a_form_of_rotation_that_is_unknown_here_is_refused_by_its_name(target, tmp_path):
+    config = exported(target, tmp_path / "out", "eagle3", ExportFormat.sglang)
+    respell(tmp_path / "out", {"rope_scaling": {"rope_type": "longrope"}})
+    with pytest.raises(ValueError, match=r"out/config.json cannot be read .*rope_type=longrope"):
+        check_warm_start(config, tmp_path / "out", target)
+
+
+def test_the_draft_of_a_target_with_several_kinds_of_layers_is_its_own(tmp_path):
+    rope = {"full_attention": DEFAULT, "sliding_attention": DEFAULT | {"rope_theta": 1e4}}
+    target = make_target(tmp_path / "target", rope_parameters=rope)
+    config = exported(target, tmp_path / "out", "eagle3", ExportFormat.sglang)
+    check_warm_start(config, tmp_path / "out", target)
+
+
 # --- the vocabulary
 
 

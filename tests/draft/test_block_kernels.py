@@ -11,13 +11,12 @@ import torch
 from colospec.draft.block_attention import block_attention
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
-from colospec.draft.layer import RMSNorm
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rows import norm_rotate
 from tests.draft.block_cases import make_blocks, make_leaves
-from tests.draft.cases import make_target
+from tests.draft.cases import gradients, make_config, make_draft, make_inputs, make_target
 from tests.draft.interpreter import mend
 from tests.draft.numerics import agree, backward, error
-from tests.draft.test_dflash import gradients, make_config, make_draft, make_inputs
 
 if not torch.cuda.is_available():
     # Read when a kernel is defined, and the product imports none without a GPU.
@@ -171,8 +170,9 @@ def test_norm_and_rotation_of_heads(seed, dtype, num_heads, half):
 def test_the_whole_draft(seed, lengths, sliding):
     generator = torch.Generator().manual_seed(seed)
     target = make_target()
-    draft = make_draft(make_config(**sliding), target, generator=generator, dtype=torch.float32)
-    batch = make_inputs(lengths, target, generator=generator, dtype=torch.float32)
+    config = make_config("dflash", **sliding)
+    draft = make_draft(config, target, generator=generator, dtype=torch.float32)
+    batch = make_inputs(lengths, config, target, generator=generator, dtype=torch.float32)
 
     terms, grads = gradients(draft, batch)
 

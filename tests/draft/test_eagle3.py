@@ -1,4 +1,4 @@
-"""The whole Eagle3 loss against the plain oracle, packing, decoding, and that it can learn."""
+"""The whole Eagle3 loss against the plain oracle, packing, decoding, and a real target."""
 
 import pytest
 import torch
@@ -8,11 +8,13 @@ from colospec.batch import Cursor, FeatureBatch, Features, TokenBatch
 from colospec.config import Weights
 from colospec.draft import registry
 from colospec.draft.alignment import unroll
-from colospec.draft.eagle3.config import Alignment, Loss
-from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.eagle3.config import Alignment
 from colospec.draft.kv_cache import KVCache
+from colospec.draft.layers import eagle3_layers
+from colospec.draft.settings import Loss
 from colospec.target import Target
 from tests.draft.cases import (
+    LENGTHS,
     context,
     documents,
     gradients,
@@ -22,8 +24,6 @@ from tests.draft.cases import (
     make_target,
 )
 from tests.draft.oracle import Oracle
-
-LENGTHS = [1, 9, 2, 3, 6, 1, 12]
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -46,13 +46,13 @@ def test_loss_and_all_gradients_equal_the_plain_oracle(settings, seed):
     draft = make_draft(config, target, generator=generator)
     batch = make_batch(LENGTHS, target, generator=generator)
 
-    terms = draft(batch, context(10))
-    loss, grads = gradients(draft, batch, num_loss_tokens=10)
+    terms, grads = gradients(draft, batch, num_loss_tokens=10)
 
     oracle = Oracle(draft, target)
     results = [oracle.document(part) for part in documents(batch)]
     expected = sum(total for total, _ in results) / 10
     expected.backward()
+    loss = terms.loss.item()
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for name, weight in oracle.weights.items():
         torch.testing.assert_close(grads[name], weight.grad, rtol=1e-6, atol=1e-7, msg=name)
@@ -76,30 +76,15 @@ def test_float32_gradients_are_close_to_the_oracle():
     draft = make_draft(config, target, generator=generator, dtype=torch.float32)
     batch = make_batch(LENGTHS, target, generator=generator, dtype=torch.float32)
 
-    loss, grads = gradients(draft, batch, num_loss_tokens=7)
+    terms, grads = gradients(draft, batch, num_loss_tokens=7)
 
     oracle = Oracle(draft, target)
     expected = sum(oracle.document(part)[0] for part in documents(batch)) / 7
     expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for name, weight in oracle.weights.items():
         scale = weight.grad.abs().max().item()
         torch.testing.assert_close(grads[name].double(), weight.grad, rtol=0, atol=2e-5 * scale)
-
-
-def test_bfloat16_training_is_close_to_float64_of_the_same_weights():
-    generator = torch.Generator().manual_seed(6)
-    config, target = make_config(), make_target(hidden_size=32)
-    draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16)
-    batch = make_batch([20, 30], target, generator=generator, dtype=torch.bfloat16)
-
-    loss, grads = gradients(draft, batch, num_loss_tokens=30)
-    exact, expected = gradients(draft.double(), batch, num_loss_tokens=30)
-
-    assert loss == pytest.approx(exact, rel=2e-2)
-    for name, grad in grads.items():
-        similar = torch.cosine_similarity(grad.double().flatten(), expected[name].flatten(), dim=0)
-        assert similar > 0.98, name
 
 
 @pytest.mark.parametrize("alignment", list(Alignment))
@@ -112,7 +97,7 @@ def test_packed_is_the_sum_of_one_by_one(alignment):
     packed = gradients(draft, batch, num_loss_tokens=13)
     single = gradients(draft, *documents(batch), num_loss_tokens=13)
 
-    assert packed[0] == pytest.approx(single[0], rel=1e-12)
+    assert packed[0].loss.item() == pytest.approx(single[0].loss.item(), rel=1e-12)
     for name, grad in packed[1].items():
         torch.testing.assert_close(grad, single[1][name], rtol=1e-9, atol=1e-12)
 
@@ -125,9 +110,9 @@ def test_nothing_supervised_gives_zero_gradients_to_every_parameter(lengths):
     draft = make_draft(config, target, generator=generator)
     batch = make_batch(lengths, target, generator=generator, density=0.0)
 
-    loss, grads = gradients(draft, batch, num_loss_tokens=0)
+    terms, grads = gradients(draft, batch, num_loss_tokens=0)
 
-    assert loss == 0.0
+    assert terms.loss.item() == 0.0
     assert all(grad.abs().max() == 0 for grad in grads.values())
 
 

@@ -1,7 +1,5 @@
 """FSDP2 over two real processes against one process on the whole batch."""
 
-import importlib
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,8 +8,15 @@ from torch.distributed.fsdp import fully_shard
 from colospec.config import TrainerConfig
 from colospec.train.fsdp import shard
 from colospec.train.optim import build_optimizer, clip_and_step
-from tests.draft.cases import context, gradients, make_batch, make_config, make_draft, make_target
-from tests.draft.test_dflash import context as block_context
+from tests.draft.cases import (
+    context,
+    gradients,
+    make_batch,
+    make_config,
+    make_draft,
+    make_inputs,
+    make_target,
+)
 from tests.ranks import run_ranks
 
 LENGTHS = [[9, 3], [1, 14], [7, 5], []]
@@ -49,7 +54,8 @@ def test_sharded_gradients_with_an_empty_micro_batch_equal_one_process():
 
     results = run_ranks(train_sharded, 2)
 
-    loss, grads = gradients(draft, *batches, num_loss_tokens=NUM_LOSS_TOKENS)
+    terms, grads = gradients(draft, *batches, num_loss_tokens=NUM_LOSS_TOKENS)
+    loss = terms.loss.item()
     assert abs(sum(part for part, _ in results) - loss) < 1e-5 * abs(loss)
     for _, sharded in results:
         assert set(sharded) == set(grads)
@@ -61,16 +67,12 @@ def test_sharded_gradients_with_an_empty_micro_batch_equal_one_process():
 
 
 def make_block_parts(name):
-    """A draft of the algorithm `name`, by the functions of its own test, and four batches."""
-    module = importlib.import_module(f"tests.draft.test_{name}")
+    """A draft of the algorithm `name`, and four batches."""
     generator = torch.Generator().manual_seed(0)
-    target = make_target()
-    draft = module.make_draft(
-        module.make_config(), target, generator=generator, dtype=torch.float32
-    )
-    num_aux = draft.fc.in_features // target.hidden_size
+    config, target = make_config(name), make_target()
+    draft = make_draft(config, target, generator=generator, dtype=torch.float32)
     batches = [
-        make_batch(lengths, target, num_aux=num_aux, generator=generator, dtype=torch.float32)
+        make_inputs(lengths, config, target, generator=generator, dtype=torch.float32)
         for lengths in LENGTHS
     ]
     return draft, batches
@@ -84,7 +86,7 @@ def train_blocks_sharded(rank, name):
     denominator = torch.zeros(())
     for last, number in enumerate((rank, 2 + rank)):
         draft.set_requires_gradient_sync(bool(last))
-        terms = draft(batches[number], block_context(number))
+        terms = draft(batches[number], context(seed=number))
         terms.loss.backward()
         denominator += terms.denominator
     dist.all_reduce(denominator)
@@ -99,7 +101,7 @@ def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process(name):
 
     results = run_ranks(train_blocks_sharded, 2, name)
 
-    terms = [draft(batch, block_context(number)) for number, batch in enumerate(batches)]
+    terms = [draft(batch, context(seed=number)) for number, batch in enumerate(batches)]
     (sum(t.loss for t in terms) / sum(t.denominator for t in terms)).backward()
     optimizer = build_optimizer(draft, TrainerConfig(lr=0.1))
     norm = clip_and_step(optimizer, 1.0)

@@ -12,11 +12,13 @@ from colospec.batch import Cursor, TokenBatch
 from colospec.draft import loss as loss_module
 from colospec.draft.alignment import unroll
 from colospec.draft.attention import Documents, ttt_attention
-from colospec.draft.eagle3.config import Alignment, Loss
+from colospec.draft.eagle3.config import Alignment
 from colospec.draft.kernels import choice
-from colospec.draft.layer import MLP, DraftLayer, LayerShape, RMSNorm
+from colospec.draft.layer import MLP, DraftLayer, LayerShape
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rope import rotate, rotate_, rotate_back
+from colospec.draft.settings import Loss
 from tests.draft.cases import gradients, make_batch, make_config, make_draft, make_target
 from tests.draft.numerics import agree, backward, error
 
@@ -217,10 +219,10 @@ def test_the_whole_draft(monkeypatch, seed, draft_vocab_size, lengths):
     draft = make_draft(config, target, generator=generator, dtype=torch.float32)
     batch = make_batch(lengths, target, generator=generator, dtype=torch.float32)
 
-    loss, grads = gradients(draft, batch, num_loss_tokens=9)
+    terms, grads = gradients(draft, batch, num_loss_tokens=9)
 
     exact, expected = gradients(draft.double(), batch, num_loss_tokens=9)
-    assert loss == pytest.approx(exact, rel=1e-4, abs=1e-9)
+    assert terms.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4, abs=1e-9)
     for name, grad in grads.items():
         size = expected[name].norm().item()
         assert (grad.double() - expected[name]).norm().item() <= 1e-3 * size + 1e-6, name

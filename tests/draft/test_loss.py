@@ -6,8 +6,9 @@ import torch
 from colospec.batch import Cursor, TokenBatch
 from colospec.draft import loss as module
 from colospec.draft.alignment import unroll
-from colospec.draft.eagle3.config import Alignment, Loss
+from colospec.draft.eagle3.config import Alignment
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
+from colospec.draft.settings import Loss
 from tests.draft.oracle import plain_loss
 
 STEPS = 3

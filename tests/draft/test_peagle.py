@@ -1,60 +1,37 @@
-"""The whole P-EAGLE loss against the plain oracle, which places are drawn, decoding, learning."""
+"""The whole P-EAGLE loss against the plain oracle, which places are drawn, and decoding."""
 
-import random
 from itertools import pairwise
 
 import pytest
 import torch
 
-from colospec.config import Weights
-from colospec.draft import block_attention, registry
-from colospec.draft.peagle.config import PEagleConfig
+from colospec.draft import block_attention
 from colospec.draft.peagle.model import PEagle
 from colospec.draft.peagle.sampling import sample_places
-from tests.draft.cases import documents, make_batch, make_target
+from tests.draft.cases import (
+    LENGTHS,
+    assert_gradients,
+    context,
+    decode_told,
+    documents,
+    gradients,
+    make_batch,
+    make_config,
+    make_draft,
+    make_target,
+)
 from tests.draft.peagle_oracle import Oracle
-from tests.draft.test_dflash import context, gradients
-
-LENGTHS = [1, 9, 2, 3, 6, 1, 12]
-
-
-def make_config(**settings):
-    values = {"num_layers": 2, "num_depths": 4, "draft_vocab_size": None, "chunk_tokens": 5}
-    return PEagleConfig(**{**values, **settings})
-
-
-def make_draft(config, target, *, generator, dtype=torch.float64, scale=0.3):
-    counts = torch.randint(0, 9, (target.vocab_size,), generator=generator)
-    draft = PEagle.from_config(config, target, token_counts=counts).to(dtype)
-    for name, parameter in draft.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        parameter.data = (noise * scale + float("norm" in name)).to(dtype)
-    shape = (target.vocab_size, target.hidden_size)
-    embedding, head = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
-    draft.set_target(embedding, None if target.tied else head)
-    return draft
 
 
 def learners(tokens, config, seed):
     """Pairs (packed place, depth) that learn."""
-    learning = sample_places(tokens, config, generator=context(seed).generator).learning
+    learning = sample_places(tokens, config, generator=context(seed=seed).generator).learning
     found, first = [], 0
     for depth, size in enumerate(learning.sizes):
         rows = learning.teacher_rows[learning.slots[first : first + size]] - 1
         found += [(place, depth) for place in rows.tolist()]
         first += size
     return found
-
-
-@pytest.fixture
-def random_seed():
-    """Draw a new seed; pytest shows it when a test fails."""
-    return random.SystemRandom().randrange(1 << 30)
-
-
-@pytest.fixture
-def generator(random_seed):
-    return torch.Generator().manual_seed(random_seed)
 
 
 @pytest.mark.parametrize("scores", [1, 2**22], ids=["one chain at a time", "all at once"])
@@ -72,7 +49,7 @@ def test_loss_metrics_and_all_gradients_equal_the_plain_oracle(
     settings, scores, generator, monkeypatch
 ):
     monkeypatch.setitem(block_attention.MAX_SCORES, "cpu", scores)
-    config, target = make_config(**settings), make_target(tied=scores == 1)
+    config, target = make_config("peagle", **settings), make_target(tied=scores == 1)
     draft = make_draft(config, target, generator=generator)
     batch = make_batch(LENGTHS, target, generator=generator, density=0.8)
 
@@ -90,9 +67,7 @@ def test_loss_metrics_and_all_gradients_equal_the_plain_oracle(
         expected.backward()
     assert terms.loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert terms.denominator.item() == len(pairs)
-    for name, weight in oracle.weights.items():
-        wanted = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        torch.testing.assert_close(grads[name], wanted, rtol=1e-6, atol=1e-6, msg=name)
+    assert_gradients(grads, oracle)
     for depth in range(config.num_depths):
         hits, accepted, count = (sum(s[depth][i] for _, s in results) for i in range(3))
         found = [part.item() for part in terms.metrics[f"acc_{depth}"]]
@@ -103,7 +78,7 @@ def test_loss_metrics_and_all_gradients_equal_the_plain_oracle(
 
 def test_each_depth_keeps_its_share_of_chains_that_reached_the_one_before(generator):
     target = make_target()
-    config = make_config(num_depths=6, keep_ratio=0.8, keep_ratio_min=0.5)
+    config = make_config("peagle", num_depths=6, keep_ratio=0.8, keep_ratio_min=0.5)
     batch = make_batch([1, 40, 2, 25, 60], target, generator=generator, density=0.9)
     tokens, mask = batch.tokens, batch.tokens.loss_mask
     pairs = learners(tokens, config, 1)
@@ -124,7 +99,7 @@ def test_each_depth_keeps_its_share_of_chains_that_reached_the_one_before(genera
 def test_no_place_is_computed_that_nobody_needs(generator):
     tokens = make_batch([10, 10], make_target(), generator=generator, density=0.0).tokens
     tokens.loss_mask[[13, 15]] = True
-    config = make_config(keep_ratio=1.0, keep_ratio_min=1.0)
+    config = make_config("peagle", keep_ratio=1.0, keep_ratio_min=1.0)
     places = sample_places(tokens, config, generator=generator)
     # Tokens 13 and 15 are predicted at places 11 and 13, the first document by none.
     assert places.rows.tolist() == [10, 11, 12, 13]
@@ -138,7 +113,7 @@ def test_no_place_is_computed_that_nobody_needs(generator):
 
 def test_places_go_on_after_the_generator_is_restored(generator):
     tokens = make_batch([50, 60], make_target(), generator=generator).tokens
-    config = make_config()
+    config = make_config("peagle")
     state = generator.get_state()
     first = [sample_places(tokens, config, generator=generator) for _ in range(2)]
     generator.set_state(state)
@@ -148,71 +123,26 @@ def test_places_go_on_after_the_generator_is_restored(generator):
     assert not torch.equal(first[0].learning.slots, first[1].learning.slots)
 
 
-@pytest.mark.parametrize("lengths", [[], [1], [1, 2, 1], [12]])
-def test_nothing_supervised_gives_zero_gradients_to_every_parameter(lengths, generator):
-    draft = make_draft(make_config(), make_target(), generator=generator)
-    batch = make_batch(lengths, make_target(), generator=generator, density=0.0)
-    terms, grads = gradients(draft, batch)
-    assert (terms.loss.item(), terms.denominator.item()) == (0.0, 0.0)
-    assert all(not grad.any() for grad in grads.values())
-
-
 @pytest.mark.parametrize("draft_vocab_size", [None, 25])
 def test_decoding_gives_the_logits_that_training_compares(draft_vocab_size, generator):
     target = make_target()
-    config = make_config(draft_vocab_size=draft_vocab_size)
+    config = make_config("peagle", draft_vocab_size=draft_vocab_size)
     draft = make_draft(config, target, generator=generator)
     batch = make_batch([17], target, generator=generator)
     aux, ids = batch.features.aux_hidden_states, batch.tokens.token_ids
-    oracle, caches, known = Oracle(draft, target), draft.start(), 0
-    for length in (3, 7, 12):
+    oracle = Oracle(draft, target)
+    for length, logits in decode_told(draft, ids, aux, (3, 7, 12)):
         # Place t reads token t + 1, so the last of `length` states stands at length - 1.
         places = [(a, 0) for a in range(length)] + [(length - 1, d) for d in range(1, 4)]
         expected = torch.stack(oracle.logits(ids, aux, places)[length - 1 :]).detach()
-        draft.read(ids[known + 1 : length + 1], aux[known:length], caches)
-        known = length
-        found = []
-
-        def choose(logits, found=found):
-            found.append(logits)
-            return logits.argmax(-1)
-
-        with torch.no_grad():
-            draft.draft(ids[length : length + 1], caches, num_tokens=4, choose=choose)
-        (logits,) = found
         kept = torch.arange(40) if draft.target_ids is None else draft.target_ids
         torch.testing.assert_close(logits[:, kept], expected, rtol=1e-6, atol=1e-6)
         assert logits.shape == (4, 40)
         assert int(logits.isfinite().sum()) == 4 * len(kept)
-        assert caches[0].length == length
 
 
-def test_features_are_those_of_eagle3():
-    spec = registry.features(PEagleConfig(), make_target(num_layers=36))
-    assert [tensor.name for tensor in spec.tensors()] == ["aux_hidden_states", "last_hidden_states"]
-    assert spec.aux_layer_ids == (1, 17, 32)
-
-
-def test_settings_that_do_not_fit_the_target_are_refused():
-    with pytest.raises(ValueError, match=r"mask_token_id=40 .* 40 tokens"):
-        PEagle(make_config(mask_token_id=40), make_target(), mapping=None)
+def test_a_pruned_vocabulary_needs_counts():
     with pytest.raises(ValueError, match=r"draft_vocab_size=10.*null"):
-        PEagle.from_config(make_config(draft_vocab_size=10), make_target(), token_counts=None)
-
-
-def test_it_learns_what_the_target_says(generator):
-    torch.manual_seed(0)
-    target = make_target(vocab_size=30)
-    config = make_config(keep_ratio=1.0)
-    draft = registry.build(config, target, token_counts=None, weights=Weights.random)
-    draft.set_target(torch.randn(30, 16), torch.randn(30, 16))
-    batch = make_batch([24], target, generator=generator, dtype=torch.float32, density=2.0)
-    optimizer = torch.optim.Adam(draft.parameters(), lr=1e-2)
-    for step in range(150):
-        terms = draft(batch, context(step))
-        optimizer.zero_grad()
-        (terms.loss / terms.denominator).backward()
-        optimizer.step()
-    for depth in (0, 3):
-        hits, count = terms.metrics[f"acc_{depth}"]
-        assert hits / count > 0.9
+        PEagle.from_config(
+            make_config("peagle", draft_vocab_size=10), make_target(), token_counts=None
+        )

@@ -13,12 +13,11 @@ from colospec.batch import FeatureBatch, Features
 from colospec.draft.block_attention import block_attention
 from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
-from colospec.draft.layer import RMSNorm
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rows import norm_rotate
 from tests.draft.block_cases import make_blocks, make_leaves
-from tests.draft.cases import make_target
+from tests.draft.cases import context, make_config, make_draft, make_inputs, make_target
 from tests.draft.numerics import agree, backward, error
-from tests.draft.test_dflash import context, make_config, make_draft, make_inputs
 from tests.gpu.machine import needs_gpus
 
 pytestmark = [pytest.mark.gpu, needs_gpus(1)]
@@ -190,11 +189,11 @@ def compiled():
 def test_other_lengths_and_anchors_compile_nothing_new(seed, sliding):
     generator = torch.Generator().manual_seed(seed)
     target = make_target(hidden_size=64, vocab_size=500, head_dim=16)
-    config = make_config(block_size=8, num_anchors=40, chunk_tokens=None, **sliding)
+    config = make_config("dflash", block_size=8, num_anchors=40, chunk_tokens=None, **sliding)
     draft = make_draft(config, target, generator=generator, dtype=BF16).cuda()
 
     def step(lengths):
-        batch = make_inputs(lengths, target, generator=generator, dtype=BF16)
+        batch = make_inputs(lengths, config, target, generator=generator, dtype=BF16)
         aux = batch.features.aux_hidden_states.cuda()
         terms = draft(FeatureBatch(batch.tokens, Features(aux, None)), context())
         terms.loss.backward()

@@ -5,30 +5,34 @@ import torch
 
 from colospec.batch import FeatureBatch, Features
 from colospec.draft.dspark.config import MarkovHeadType
-from tests.draft import test_domino, test_dspark, test_peagle
-from tests.draft.cases import make_batch, make_target
-from tests.draft.test_dflash import context, gradients
+from tests.draft.cases import (
+    context,
+    gradients,
+    make_batch,
+    make_config,
+    make_draft,
+    make_target,
+)
 from tests.gpu.machine import needs_gpus
 
 pytestmark = [pytest.mark.gpu, needs_gpus(1)]
 
 DOMINO = {"gru_hidden_dim": 48, "emb_dim": 32, "lambda_base_start": 0.5}
 CASES = {
-    "peagle": (test_peagle, {"num_depths": 6, "draft_vocab_size": 300, "keep_ratio": 0.9}),
-    "domino": (test_domino, DOMINO),
-    "domino-unshifted": (test_domino, DOMINO | {"shift_label": False}),
+    "peagle": ("peagle", {"num_depths": 6, "draft_vocab_size": 300, "keep_ratio": 0.9}),
+    "domino": ("domino", DOMINO),
+    "domino-unshifted": ("domino", DOMINO | {"shift_label": False}),
 } | {
-    kind.value: (test_dspark, {"markov_rank": 32, "markov_head_type": kind})
-    for kind in MarkovHeadType
+    kind.value: ("dspark", {"markov_rank": 32, "markov_head_type": kind}) for kind in MarkovHeadType
 }
 
 
 def make(name, generator):
-    module, settings = CASES[name]
+    algorithm, settings = CASES[name]
     target = make_target(hidden_size=64, vocab_size=500, head_dim=16, intermediate_size=96)
-    blocks = {} if name == "peagle" else {"block_size": 8, "num_anchors": 40}
-    config = module.make_config(**blocks, **settings)
-    draft = module.make_draft(config, target, generator=generator, dtype=torch.bfloat16, scale=0.1)
+    blocks = {} if algorithm == "peagle" else {"block_size": 8, "num_anchors": 40}
+    config = make_config(algorithm, **blocks, **settings)
+    draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16, scale=0.1)
     num_aux = draft.fc.in_features // target.hidden_size
     batch = make_batch(
         [90, 1, 40, 3], target, num_aux=num_aux, generator=generator, dtype=torch.bfloat16
@@ -64,6 +68,6 @@ def test_a_step_never_waits_for_the_device(name):
     draft(batch, context()).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        draft(batch, context(1)).loss.backward()
+        draft(batch, context(seed=1)).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

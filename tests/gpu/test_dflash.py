@@ -5,8 +5,14 @@ import torch
 
 from colospec.batch import FeatureBatch, Features
 from colospec.draft.dflash.config import BlockObjective
-from tests.draft.cases import make_target
-from tests.draft.test_dflash import context, gradients, make_config, make_draft, make_inputs
+from tests.draft.cases import (
+    context,
+    gradients,
+    make_config,
+    make_draft,
+    make_inputs,
+    make_target,
+)
 from tests.gpu.machine import needs_gpus
 
 pytestmark = [pytest.mark.gpu, needs_gpus(1)]
@@ -22,9 +28,9 @@ def on_gpu(batch):
 def test_gradients_are_close_to_float64_on_the_cpu(objective, sliding):
     generator = torch.Generator().manual_seed(0)
     target = make_target(hidden_size=64, vocab_size=500, head_dim=16, intermediate_size=96)
-    config = make_config(objective=objective, block_size=8, num_anchors=40, **sliding)
+    config = make_config("dflash", objective=objective, block_size=8, num_anchors=40, **sliding)
     draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16, scale=0.1)
-    batch = make_inputs([90, 1, 40, 3], target, generator=generator, dtype=torch.bfloat16)
+    batch = make_inputs([90, 1, 40, 3], config, target, generator=generator, dtype=torch.bfloat16)
 
     terms, grads = gradients(draft.cuda(), on_gpu(batch))
 
@@ -39,11 +45,12 @@ def test_gradients_are_close_to_float64_on_the_cpu(objective, sliding):
 def test_a_step_never_waits_for_the_device():
     generator = torch.Generator().manual_seed(0)
     target = make_target(hidden_size=64, vocab_size=500, head_dim=16, intermediate_size=96)
-    draft = make_draft(make_config(), target, generator=generator, dtype=torch.bfloat16).cuda()
-    batch = on_gpu(make_inputs([60, 40], target, generator=generator, dtype=torch.bfloat16))
+    config = make_config("dflash")
+    draft = make_draft(config, target, generator=generator, dtype=torch.bfloat16).cuda()
+    batch = on_gpu(make_inputs([60, 40], config, target, generator=generator, dtype=torch.bfloat16))
     draft(batch, context()).loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        draft(batch, context(1)).loss.backward()
+        draft(batch, context(seed=1)).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

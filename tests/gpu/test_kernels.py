@@ -11,11 +11,13 @@ import torch
 from colospec.batch import Cursor, TokenBatch
 from colospec.draft.alignment import unroll
 from colospec.draft.attention import Documents, ttt_attention
-from colospec.draft.eagle3.config import Alignment, Loss
+from colospec.draft.eagle3.config import Alignment
 from colospec.draft.kernels import choice
-from colospec.draft.layer import MLP, RMSNorm
+from colospec.draft.layer import MLP
 from colospec.draft.loss import LossSettings, Teacher, fused_loss
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rope import rotate, rotate_, rotate_back
+from colospec.draft.settings import Loss
 from tests.draft.cases import context, make_batch, make_config, make_draft, make_target
 from tests.draft.numerics import agree, backward, error
 from tests.draft.test_attention import explicit

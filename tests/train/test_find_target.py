@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from colospec.config import CONF_DIR, Mode, RunConfig, TargetConfig, Weights
 from colospec.draft.eagle3.config import Eagle3Config
-from colospec.draft.eagle3.layers import eagle3_layers
+from colospec.draft.layers import eagle3_layers
 from colospec.draft.rope import rope_frequencies
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS, target_directory

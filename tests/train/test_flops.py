@@ -15,8 +15,7 @@ from colospec.draft.anchors import build_blocks, sample_anchors
 from colospec.draft.eagle3.config import Alignment
 from colospec.target import Target
 from colospec.train.find_target import CONFIGS
-from tests.draft.cases import make_target
-from tests.draft.test_dflash import context, make_config, make_draft, make_inputs
+from tests.draft.cases import context, make_config, make_draft, make_inputs, make_target
 
 LENGTH = 2048
 TTT = 7
@@ -83,16 +82,16 @@ def test_a_dflash_step_computes_what_its_valid_anchors_need_and_no_more():
         hidden_size=256, vocab_size=1000, head_dim=32, intermediate_size=512,
         num_attention_heads=8, num_key_value_heads=2,
     )  # fmt: skip
-    config = make_config(num_anchors=20, block_size=8)
+    config = make_config("dflash", num_anchors=20, block_size=8)
     draft = make_draft(config, target, generator=generator, dtype=torch.float32)
     lengths = [random.randint(30, 90) for _ in range(4)] + [1, 2, 3]
-    batch = make_inputs(lengths, target, generator=generator, dtype=torch.float32)
+    batch = make_inputs(lengths, config, target, generator=generator, dtype=torch.float32)
     anchors = sample_anchors(
         batch.tokens, num_anchors=20, generator=torch.Generator().manual_seed(1)
     )
     blocks = build_blocks(batch.tokens, anchors, block_size=8, mask_token_id=0)
     with FlopCounterMode(display=False) as counter:
-        draft(batch, context(1)).loss.backward()
+        draft(batch, context(seed=1)).loss.backward()
     expected = flops.dflash(
         target, Drafted.of(blocks), num_layers=2,
         num_aux=len(draft.features(config, target).aux_layer_ids),

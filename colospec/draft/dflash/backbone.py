@@ -10,7 +10,6 @@ context rows, V target vocabulary, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Self, cast
 
 import numpy as np
@@ -26,64 +25,11 @@ from colospec.draft.block_attention import block_attention
 from colospec.draft.dflash.config import BlockConfig
 from colospec.draft.dflash.layers import block_layers
 from colospec.draft.kv_cache import KVCache
-from colospec.draft.layer import MLP, LayerShape, RMSNorm, init_linears
+from colospec.draft.layer import LayerShape, PlainLayer, init_linears
 from colospec.draft.layers import chosen_mask_token
+from colospec.draft.norm import RMSNorm
 from colospec.draft.rope import Rope
-from colospec.draft.rows import linears, norm_rotate
 from colospec.target import Target
-
-Table = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class BlockAttention(nn.Module):
-    """Projections with normed queries and keys, as in Qwen3; who sees what is the caller's."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__()
-        self.head_dim = shape.head_dim
-        size, width = shape.hidden_size, shape.num_heads * shape.head_dim
-        kv_width = shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(size, width, bias=False)
-        self.k_proj = nn.Linear(size, kv_width, bias=False)
-        self.v_proj = nn.Linear(size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, size, bias=False)
-        self.q_norm = RMSNorm(shape.head_dim, shape.eps)
-        self.k_norm = RMSNorm(shape.head_dim, shape.eps)
-
-    def keys_values(self, states: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        """Return keys, rotated, and values [n, M, D] of states [n, H]: context or slots."""
-        key, value = linears(states, (self.k_proj.weight, self.v_proj.weight))
-        return norm_rotate(key, self.k_norm, table), self._heads(value)
-
-    def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
-        """Attend from slots [n, H]."""
-        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        query, key, value = linears(states, weights)
-        query, key = norm_rotate(query, self.q_norm, table), norm_rotate(key, self.k_norm, table)
-        out = attend(query, key, self._heads(value))
-        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
-
-    def _heads(self, states: Tensor) -> Tensor:
-        return states.view(len(states), states.shape[1] // self.head_dim, self.head_dim)
-
-
-class BlockLayer(nn.Module):
-    """One decoder layer over the slots."""
-
-    def __init__(self, shape: LayerShape) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(shape.hidden_size, shape.eps)
-        self.self_attn = BlockAttention(shape)
-        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.eps)
-        self.mlp = MLP(shape.hidden_size, shape.intermediate_size)
-
-    def forward(self, states: Tensor, table: Table, attend: Attend) -> Tensor:
-        """Return the next states [n, H], before any norm."""
-        states, normed = self.input_layernorm.add(states, None)
-        branch = self.self_attn(normed, table, attend)
-        states, normed = self.post_attention_layernorm.add(states, branch)
-        return states + self.mlp(normed)  # type: ignore[no-any-return]
 
 
 class BlockBackbone(BlockDraft):
@@ -100,7 +46,9 @@ class BlockBackbone(BlockDraft):
         self.rope = Rope(target)
         self.fc = nn.Linear(len(block_layers(config, target)) * size, size, bias=False)
         self.hidden_norm = RMSNorm(size, eps)
-        self.layers = nn.ModuleList(BlockLayer(shape) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            PlainLayer(shape, head_norms=True) for _ in range(config.num_layers)
+        )
         self.norm = RMSNorm(size, eps)
         init_linears(self)
 
@@ -210,8 +158,8 @@ class BlockBackbone(BlockDraft):
         return self.norm(states)  # type: ignore[no-any-return]
 
     @property
-    def _layers(self) -> list[BlockLayer]:
-        return cast(list[BlockLayer], list(self.layers))
+    def _layers(self) -> list[PlainLayer]:
+        return cast(list[PlainLayer], list(self.layers))
 
     def _window(self, layer: int) -> int | None:
         return self.config.sliding_window if layer in self.config.sliding_layers else None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from colospec.config import DraftConfig, check_numbers
+from colospec.config import check_numbers
+from colospec.draft.settings import LayersConfig
 
 
 class BlockObjective(Enum):
@@ -17,7 +18,7 @@ class BlockObjective(Enum):
 
 
 @dataclass
-class BlockConfig(DraftConfig):
+class BlockConfig(LayersConfig):
     """What every drafter of blocks has."""
 
     aux_layer_ids: list[int] | None = None
@@ -35,13 +36,8 @@ class BlockConfig(DraftConfig):
     sliding_layers: list[int] = field(default_factory=list)
     """Layers of the draft that see `sliding_window` tokens back and are causal inside a block."""
     sliding_window: int | None = None
-    intermediate_size: int | None = None
-    """Width of the MLP; null copies the target's."""
     decay_gamma: float | None = 7.0
     """The k-th drafted token weighs exp(-(k - 1) / decay_gamma); null weighs all alike."""
-    chunk_tokens: int | None = None
-    """Supervised tokens per chunk of vocabulary head and loss; bounds their memory. Null is 2048
-    on a CPU and 8192 on a GPU."""
 
     def check(self) -> None:
         super().check()
@@ -55,8 +51,6 @@ class BlockConfig(DraftConfig):
                 "num_anchors": 1,
                 "mask_token_id": 0,
                 "sliding_window": 1,
-                "intermediate_size": 1,
-                "chunk_tokens": 1,
             },
             above_zero=("decay_gamma",),
         )

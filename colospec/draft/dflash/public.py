@@ -21,6 +21,7 @@ from colospec.draft.public import (
     Shapes,
     layer_facts,
     layer_fields,
+    layer_shapes,
     vllm_command,
 )
 from colospec.target import Target
@@ -47,27 +48,16 @@ class DFlashFormat(PublicFormat):
     def tensor_shapes(self, config: DraftConfig, target: Target) -> Shapes:
         assert isinstance(config, BlockConfig)
         hidden, head = target.hidden_size, target.head_dim
-        mlp = config.intermediate_size or target.intermediate_size
-        query, key = target.num_attention_heads * head, target.num_key_value_heads * head
-        layer: Shapes = {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (query, hidden),
-            "self_attn.k_proj.weight": (key, hidden),
-            "self_attn.v_proj.weight": (key, hidden),
-            "self_attn.o_proj.weight": (hidden, query),
-            "self_attn.q_norm.weight": (head,),
-            "self_attn.k_norm.weight": (head,),
-            "mlp.gate_proj.weight": (mlp, hidden),
-            "mlp.up_proj.weight": (mlp, hidden),
-            "mlp.down_proj.weight": (hidden, mlp),
-        }
-        num_aux = len(block_layers(config, target))
-        return {
-            "fc.weight": (hidden, num_aux * hidden),
+        shapes: Shapes = {
+            "fc.weight": (hidden, len(block_layers(config, target)) * hidden),
             "hidden_norm.weight": (hidden,),
             "norm.weight": (hidden,),
-        } | {f"layers.{i}.{name}": s for i in range(config.num_layers) for name, s in layer.items()}
+        }
+        for number in range(config.num_layers):
+            name, mlp = f"layers.{number}", config.intermediate_size
+            shapes |= layer_shapes(name, target, intermediate_size=mlp, input_size=hidden)
+            shapes |= {f"{name}.self_attn.{part}_norm.weight": (head,) for part in "qk"}
+        return shapes
 
     def config_fields(self, config: DraftConfig, target: Target) -> dict[str, Any]:
         assert isinstance(config, BlockConfig)

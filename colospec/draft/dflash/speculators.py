@@ -18,7 +18,6 @@ from colospec.draft.public import CardText
 from colospec.draft.speculators import (
     SpeculatorsFormat,
     input_layers,
-    layer_config,
     output_layers,
     serve_with_vllm,
     speculators_fields,
@@ -82,7 +81,7 @@ class DFlashSpeculators(SpeculatorsFormat, DFlashFormat):
         return block_size if self.from_anchor else block_size - 1
 
     def facts(self, contents: dict[str, Any]) -> dict[str, Any]:
-        layer = layer_config(contents)
+        layer: dict[str, Any] = contents["transformer_layer_config"]
         size = contents.get("draft_vocab_size")
         if size is not None and size != layer.get("vocab_size"):
             raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from colospec.draft.loss import CHUNK_TOKENS, MAX_ELEMENTS
+from colospec.draft.chunks import chunks
 
 
 class SlotLosses(NamedTuple):
@@ -78,10 +78,9 @@ class _SlotLosses(Function):
         right, agrees = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
         grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
         grad_correction = torch.zeros_like(correction, dtype=dtype)
-        kind = hidden.device.type
-        size = max(1, min(chunk_tokens or CHUNK_TOKENS[kind], MAX_ELEMENTS[kind] // len(head)))
-        for first in range(0, len(hidden), size):
-            part = slice(first, first + size)
+        for part in chunks(
+            len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device
+        ):
             label = labels[part, None]
             logits = (hidden[part].to(head.dtype) @ head.T).to(dtype)
             logits += latent[part] @ correction.T

@@ -5,15 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from colospec.config import DraftConfig, check_numbers
-
-
-class Loss(Enum):
-    """kl: forward KL to the target; lk_alpha, lk_lambda: arXiv 2602.23881."""
-
-    kl = "kl"
-    lk_alpha = "lk_alpha"
-    lk_lambda = "lk_lambda"
+from colospec.config import check_numbers
+from colospec.draft.settings import Loss, PrunedConfig
 
 
 class Alignment(Enum):
@@ -24,20 +17,14 @@ class Alignment(Enum):
 
 
 @dataclass
-class Eagle3Config(DraftConfig):
+class Eagle3Config(PrunedConfig):
     """EAGLE-3 (arXiv 2503.01840)."""
 
     algorithm: str = "eagle3"
-    aux_layer_ids: list[int] | None = None
-    """Target layers whose outputs feed the draft, 0-based; null is [1, L // 2 - 1, L - 4]."""
     ttt_length: int = 7
     """Steps of training-time test: how often the draft is unrolled on itself."""
     step_weight_decay: float = 0.8
     """Weight of TTT step k is step_weight_decay ** k."""
-    draft_vocab_size: int | None = 32000
-    """Size of the pruned vocabulary (most frequent supervised tokens); null keeps the target's."""
-    intermediate_size: int | None = None
-    """Width of the MLP; null copies the target's."""
     norm_output: bool = False
     """EAGLE-3.1: feed the normed hidden state to the next step."""
     fc_norm: bool = False
@@ -49,21 +36,13 @@ class Eagle3Config(DraftConfig):
     lk_eta: float = 3.0
     """lk_lambda: the weight of KL is exp(-lk_eta * acceptance)."""
     alignment: Alignment = Alignment.exact
-    chunk_tokens: int | None = None
-    """Supervised positions per chunk of vocabulary head and loss; bounds their memory. Null is 2048
-    on a CPU and 8192 on a GPU."""
 
     def check(self) -> None:
         super().check()
         check_numbers(
             self,
             prefix="draft.",
-            at_least={
-                "ttt_length": 1,
-                "draft_vocab_size": 1,
-                "intermediate_size": 1,
-                "chunk_tokens": 1,
-            },
+            at_least={"ttt_length": 1},
             above_zero=("step_weight_decay",),
             at_most_one=("step_weight_decay",),
         )

@@ -10,29 +10,22 @@ W target and draft vocabulary, P supervised positions of all K steps.
 
 from __future__ import annotations
 
-from typing import Any, Self
-
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 
-from colospec.batch import FeatureBatch, FeatureSpec, TokenBatch
-from colospec.config import DraftConfig
+from colospec.batch import FeatureBatch
 from colospec.draft.alignment import Unroll, to_device, unroll
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import ChainDraft, LossTerms, StepContext
 from colospec.draft.eagle3.config import Eagle3Config
-from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.eagle3.public import Eagle3Format
 from colospec.draft.eagle3.speculators import Eagle3Speculators
 from colospec.draft.kv_cache import KVCache
-from colospec.draft.layer import DraftLayer, LayerShape, RMSNorm, init_linears
-from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
-from colospec.draft.pruned import PrunedDraft
-from colospec.draft.rope import Rope
-from colospec.draft.vocab import choose_vocabulary
+from colospec.draft.layer import DraftLayer, LayerShape
+from colospec.draft.layers import eagle3_layers
+from colospec.draft.norm import RMSNorm
+from colospec.draft.pruned import PrunedDraft, step_metrics
+from colospec.draft.rows import pick_each
 from colospec.target import Target
 
 
@@ -46,39 +39,14 @@ class Eagle3(PrunedDraft, ChainDraft):
     def __init__(
         self, config: Eagle3Config, target: Target, *, mapping: tuple[Tensor, Tensor] | None
     ) -> None:
-        super().__init__(mapping)
-        self.config = config
+        super().__init__(config, target, mapping=mapping)
         shape = LayerShape.of(target, config.intermediate_size)
-        size, eps = shape.hidden_size, shape.eps
-        num_aux = len(eagle3_layers(config.aux_layer_ids, target))
-        self.rope = Rope(target)
+        size, num_aux = shape.hidden_size, len(eagle3_layers(config.aux_layer_ids, target))
         if config.fc_norm:
-            self.fc_norm = nn.ModuleList(RMSNorm(size, eps) for _ in range(num_aux))
+            self.fc_norm = nn.ModuleList(RMSNorm(size, shape.eps) for _ in range(num_aux))
         self.fc = nn.Linear(num_aux * size, size, bias=False)
         self.midlayer = DraftLayer(shape, norm_before_residual=config.norm_before_residual)
-        self.norm = RMSNorm(size, eps)
-        vocab_size = target.vocab_size if mapping is None else len(mapping[1])
-        self.lm_head = nn.Linear(size, vocab_size, bias=False)
-        init_linears(self)
-
-    @classmethod
-    def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
-        """Aux hidden states of `aux_layer_ids`, and the last hidden states for the teacher."""
-        assert isinstance(config, Eagle3Config)
-        return FeatureSpec(
-            aux_layer_ids=eagle3_layers(config.aux_layer_ids, target),
-            last_hidden_states=True,
-            hidden_size=target.hidden_size,
-            dtype=target.dtype,
-        )
-
-    @classmethod
-    def from_config(
-        cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
-    ) -> Self:
-        assert isinstance(config, Eagle3Config)
-        mapping = choose_vocabulary(config.draft_vocab_size, target, token_counts)
-        return cls(config, target, mapping=mapping)
+        self.add_head(target)
 
     def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
         """Unroll the draft over the micro-batch and compare every step with the target.
@@ -91,22 +59,19 @@ class Eagle3(PrunedDraft, ChainDraft):
         rows = unroll(batch.tokens, ttt_length=config.ttt_length, alignment=config.alignment)
         rows = rows.to(last.device)
         states = self.unroll(batch, rows)
-        picked: Tensor = _Pick.apply(rows.positions, rows.sizes, *states)  # type: ignore[no-untyped-call]
+        picked = pick_each(states, rows.positions, rows.sizes)
         del states
-        sums = fused_loss(
+        sums = self.compare(
             picked if config.norm_output else self.norm(picked),
-            self.lm_head.weight,
-            teacher=Teacher(last, self.frozen_head, self.target_ids),
-            rows=rows,
-            settings=LossSettings(
-                kind=config.loss,
-                lk_eta=config.lk_eta,
-                step_weights=tuple(config.step_weight_decay**k for k in range(config.ttt_length)),
-                chunk_tokens=config.chunk_tokens,
-            ),
+            last,
+            rows,
+            step_weights=tuple(config.step_weight_decay**k for k in range(config.ttt_length)),
+            kind=config.loss,
+            lk_eta=config.lk_eta,
         )
-        loss = sums.loss / max(1, context.num_loss_tokens)
-        return LossTerms(loss, _metrics(sums, rows, batch.tokens))
+        # The metric counts like the training loss, per True entry of the loss mask.
+        metrics = step_metrics(sums, rows.sizes, int(batch.tokens.loss_mask.sum()))
+        return LossTerms(sums.loss / max(1, context.num_loss_tokens), metrics)
 
     def unroll(self, batch: FeatureBatch, rows: Unroll) -> list[Tensor]:
         """Return the hidden states [T, D] of each TTT step, as the next step reads them.
@@ -132,12 +97,11 @@ class Eagle3(PrunedDraft, ChainDraft):
         return states
 
     def project(self, aux_hidden_states: Tensor) -> Tensor:
-        """Turn the target's aux hidden states [T, A * H] into the draft's first states [T, D]."""
         aux = aux_hidden_states.to(self.fc.weight.dtype)
         if self.config.fc_norm:
             parts = aux.chunk(len(self.fc_norm), dim=-1)
             aux = torch.cat([n(part) for n, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        return self.fc(aux)  # type: ignore[no-any-return]
+        return super().project(aux)
 
     def decode(
         self, token_ids: Tensor, hidden: Tensor, position_ids: Tensor, cache: KVCache
@@ -152,53 +116,5 @@ class Eagle3(PrunedDraft, ChainDraft):
         out = self._finish(self.midlayer(self._embed(token_ids), hidden, table, cache.attend))
         return self.lm_head(out if self.config.norm_output else self.norm(out)), out
 
-    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
-        """Translate draft tokens into target tokens, any shape."""
-        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
-
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.embedding).to(self.fc.weight.dtype)
-
     def _finish(self, hidden: Tensor) -> Tensor:
         return self.norm(hidden) if self.config.norm_output else hidden
-
-
-class _Pick(Function):
-    """Rows `positions` [P] of the steps' states [T, D], `sizes` of them from each: [P, D].
-
-    A position occurs once in a step, so the gradient is a copy: no atomic sums, always the same.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, positions: Tensor, sizes: list[int], *states: Tensor) -> Tensor:
-        ctx.save_for_backward(positions)
-        ctx.sizes, ctx.num_tokens = sizes, len(states[0])
-        out = states[0].new_empty(len(positions), states[0].shape[1])
-        spans = zip(torch.split(positions, sizes), torch.split(out, sizes), strict=True)
-        for step, (index, part) in zip(states, spans, strict=True):
-            torch.index_select(step, 0, index, out=part)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (positions,) = ctx.saved_tensors
-        grads = []
-        spans = zip(torch.split(positions, ctx.sizes), torch.split(grad, ctx.sizes), strict=True)
-        for index, part in spans:
-            total = grad.new_zeros(ctx.num_tokens, grad.shape[1])
-            grads.append(total.index_copy_(0, index, part))
-        return None, None, *grads
-
-
-def _metrics(sums: LossSums, rows: Unroll, tokens: TokenBatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name the sums; the loss counts like the training loss, per True entry of the loss mask."""
-
-    def count(number: int) -> Tensor:
-        return torch.full_like(sums.loss, float(number), requires_grad=False)
-
-    metrics = {"loss": (sums.loss.detach(), count(int(tokens.loss_mask.sum())))}
-    for step, size in enumerate(rows.sizes):
-        metrics[f"acc_{step}"] = (sums.correct[step], count(size))
-        metrics[f"acceptance_rate_{step}"] = (sums.acceptance[step], count(size))
-    return metrics

@@ -87,6 +87,28 @@ def _grid(query: Tensor, key: Tensor) -> tuple[int, int]:
     return triton.cdiv(len(query), _tokens(query, key)), key.shape[1]
 
 
+@triton.jit
+def _places(
+    lse: tl.tensor, num_tokens: tl.tensor, num_heads: tl.constexpr, num_kv_heads: tl.constexpr,
+    head_dim: tl.constexpr, group: tl.constexpr, tokens: tl.constexpr, heads: tl.constexpr,
+    block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
+    """Return where a program's numbers are, each with which of them exist: offsets of queries
+    [tokens, heads, block] and keys [tokens, 1, block], and pointers into lse [tokens, heads]."""
+    kv_head = tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64) * tokens + tl.arange(0, tokens)
+    head = tl.arange(0, heads)
+    column = tl.arange(0, block)[None, None, :]
+    own = (token[:, None] < num_tokens) & (head[None, :] < group)
+    inside = own[:, :, None] & (column < head_dim)
+    shared = (token[:, None, None] < num_tokens) & (column < head_dim)
+    query_head = kv_head * group + head
+    at = (token[:, None] * num_heads + query_head[None, :])[:, :, None] * head_dim + column
+    kv_at = (token * num_kv_heads + kv_head)[:, None, None] * head_dim + column
+    lse_at = lse + query_head[None, :].to(tl.int64) * num_tokens + token[:, None]
+    return at, inside, kv_at, shared, lse_at, own
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def _merge_kernel(
     query: tl.tensor,
@@ -105,17 +127,9 @@ def _merge_kernel(
     heads: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    kv_head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * tokens + tl.arange(0, tokens)
-    head = tl.arange(0, heads)
-    column = tl.arange(0, block)[None, None, :]
-    own = (token[:, None] < num_tokens) & (head[None, :] < group)
-    inside = own[:, :, None] & (column < head_dim)
-    shared = (token[:, None, None] < num_tokens) & (column < head_dim)
-    query_head = kv_head * group + head
-    at = (token[:, None] * num_heads + query_head[None, :])[:, :, None] * head_dim + column
-    kv_at = (token * num_kv_heads + kv_head)[:, None, None] * head_dim + column
-    lse_at = lse + query_head[None, :].to(tl.int64) * num_tokens + token[:, None]
+    at, inside, kv_at, shared, lse_at, own = _places(
+        lse, num_tokens, num_heads, num_kv_heads, head_dim, group, tokens, heads, block
+    )
 
     q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
@@ -159,17 +173,9 @@ def _backward_kernel(
     heads: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
-    kv_head = tl.program_id(1)
-    token = tl.program_id(0).to(tl.int64) * tokens + tl.arange(0, tokens)
-    head = tl.arange(0, heads)
-    column = tl.arange(0, block)[None, None, :]
-    own = (token[:, None] < num_tokens) & (head[None, :] < group)
-    inside = own[:, :, None] & (column < head_dim)
-    shared = (token[:, None, None] < num_tokens) & (column < head_dim)
-    query_head = kv_head * group + head
-    at = (token[:, None] * num_heads + query_head[None, :])[:, :, None] * head_dim + column
-    kv_at = (token * num_kv_heads + kv_head)[:, None, None] * head_dim + column
-    lse_at = lse + query_head[None, :].to(tl.int64) * num_tokens + token[:, None]
+    at, inside, kv_at, shared, lse_at, own = _places(
+        lse, num_tokens, num_heads, num_kv_heads, head_dim, group, tokens, heads, block
+    )
 
     q = tl.load(query + at, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)

@@ -132,14 +132,24 @@ def tile_of(
 
 @triton.jit
 def rows_of(
-    first: tl.tensor, limit: tl.tensor, slots: tl.constexpr, heads: tl.constexpr,
-    group: tl.constexpr,
+    first: tl.tensor, limit: tl.tensor, kv_head: tl.tensor, slots: tl.constexpr,
+    heads: tl.constexpr, group: tl.constexpr, num_heads: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:  # fmt: skip
-    """Return slot, head of the group, and whether it exists, of each row of a tile."""
+    """Return slot, number among the query heads of all slots, and whether it exists, of each row of
+    a tile."""
     row = tl.arange(0, slots * heads)
     slot = first + row // heads
     head = row % heads
-    return slot, head, (slot < limit) & (head < group)
+    inside = (slot < limit) & (head < group)
+    return slot, slot.to(tl.int64) * num_heads + kv_head * group + head, inside
+
+
+@triton.jit
+def keys_at(
+    place: tl.tensor, kv_head: tl.tensor, num_kv_heads: tl.constexpr, head_dim: tl.constexpr
+) -> tl.tensor:
+    """Return the offsets of one head's keys, and of its values, at `place`."""
+    return (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
 
 
 @triton.jit
@@ -157,6 +167,17 @@ def load_rows(
             return tl.load(place)
     else:
         return tl.load(place, mask=inside[:, None] & (column < head_dim), other=0.0)
+
+
+@triton.jit
+def load_pair(
+    key: tl.tensor, value: tl.tensor, at: tl.tensor, inside: tl.tensor, checked: tl.constexpr,
+    head_dim: tl.constexpr, width: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Load keys and values, or whatever lies alike, as `load_rows` does."""
+    k = load_rows(key, at, inside, checked, head_dim, width)
+    v = load_rows(value, at, inside, checked, head_dim, width)
+    return k, v
 
 
 @triton.jit
@@ -243,8 +264,7 @@ def _forward_kernel(
 ) -> None:
     kv_head = tl.program_id(1)
     first, limit, own_first, own_limit = tile_of(tl.program_id(0), num_blocks, size, slots)
-    slot, head, inside = rows_of(first, limit, slots, heads, group)
-    row = slot.to(tl.int64) * num_heads + kv_head * group + head
+    slot, row, inside = rows_of(first, limit, kv_head, slots, heads, group, num_heads)
     q = load_rows(query, row * head_dim, inside, True, head_dim, width)
     low, high = seen_by(starts, ends, slot, inside, size, window, sliding)
     start, end, count, before, whole = run_of(
@@ -258,25 +278,22 @@ def _forward_kernel(
 
     for tile in range(before, before + whole):
         place = start + tile * keys + lane
-        at = (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(key, at, place < end, False, head_dim, width)
-        v = load_rows(value, at, place < end, False, head_dim, width)
+        at = keys_at(place, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(key, value, at, place < end, False, head_dim, width)
         total, mass, top = _fold(q, k, v, inside, False, total, mass, top, scale)
     for number in range(0, count - whole):
         tile = tl.where(number < before, number, number + whole)
         place = start + tile * keys + lane
-        at = (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(key, at, place < end, True, head_dim, width)
-        v = load_rows(value, at, place < end, True, head_dim, width)
+        at = keys_at(place, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(key, value, at, place < end, True, head_dim, width)
         visible = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
         total, mass, top = _fold(q, k, v, visible, True, total, mass, top, scale)
     own_keys: tl.constexpr = slots if slots > 16 else 16
     for own in range(own_first, own_limit, own_keys):
         other = own + tl.arange(0, own_keys)
         exists = other < own_limit
-        at = (other.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(own_key, at, exists, True, head_dim, width)
-        v = load_rows(own_value, at, exists, True, head_dim, width)
+        at = keys_at(other, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(own_key, own_value, at, exists, True, head_dim, width)
         visible = (
             own_visible(slot[:, None], other[None, :], size, window, sliding) & exists[None, :]
         )

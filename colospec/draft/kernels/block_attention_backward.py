@@ -20,6 +20,8 @@ from colospec.draft.kernels.block_attention import (
     Tile,
     fit,
     grid,
+    keys_at,
+    load_pair,
     load_rows,
     own_visible,
     rows_of,
@@ -111,6 +113,24 @@ def _weigh_keys(
     return grad_key, grad_value
 
 
+@triton.jit
+def _store_pair(
+    grad_key: tl.tensor, grad_value: tl.tensor, at: tl.tensor, exists: tl.tensor,
+    total_key: tl.tensor, total_value: tl.tensor, scale: tl.constexpr, head_dim: tl.constexpr,
+    width: tl.constexpr,
+) -> None:  # fmt: skip
+    """Store the sums of a tile of keys, and scale those of the keys.
+
+    The logarithm is to base 2 for the exponentials alone.
+    """
+    total_key *= scale * 0.6931471805599453
+    column = tl.arange(0, width)[None, :]
+    mine = exists[:, None] & (column < head_dim)
+    kind = grad_key.dtype.element_ty
+    tl.store(grad_key + at[:, None] + column, total_key.to(kind), mask=mine)
+    tl.store(grad_value + at[:, None] + column, total_value.to(kind), mask=mine)
+
+
 @triton.jit(do_not_specialize=["num_blocks", "window"])
 def _query_kernel(
     query: tl.tensor,
@@ -141,10 +161,8 @@ def _query_kernel(
 ) -> None:
     kv_head = tl.program_id(1)
     first, limit, own_first, own_limit = tile_of(tl.program_id(0), num_blocks, size, slots)
-    slot, head, inside = rows_of(first, limit, slots, heads, group)
-    row = slot.to(tl.int64) * num_heads + kv_head * group + head
-    q = load_rows(query, row * head_dim, inside, True, head_dim, width)
-    grad = load_rows(grads, row * head_dim, inside, True, head_dim, width)
+    slot, row, inside = rows_of(first, limit, kv_head, slots, heads, group, num_heads)
+    q, grad = load_pair(query, grads, row * head_dim, inside, True, head_dim, width)
     said = load_rows(out, row * head_dim, inside, True, head_dim, width)
     delta = tl.sum(grad.to(tl.float32) * said.to(tl.float32), 1)
     tl.store(deltas + row, delta, mask=inside)
@@ -158,17 +176,15 @@ def _query_kernel(
 
     for tile in range(before, before + whole):
         place = start + tile * keys + lane
-        at = (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(key, at, place < end, False, head_dim, width)
-        v = load_rows(value, at, place < end, False, head_dim, width)
+        at = keys_at(place, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(key, value, at, place < end, False, head_dim, width)
         slope = _weigh(q, k, v, grad, norm, delta, inside, False, scale)
         total = tl.dot(slope.to(k.dtype), k, total, input_precision="ieee")
     for number in range(0, count - whole):
         tile = tl.where(number < before, number, number + whole)
         place = start + tile * keys + lane
-        at = (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(key, at, place < end, True, head_dim, width)
-        v = load_rows(value, at, place < end, True, head_dim, width)
+        at = keys_at(place, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(key, value, at, place < end, True, head_dim, width)
         visible = (place[None, :] >= low[:, None]) & (place[None, :] < high[:, None])
         slope = _weigh(q, k, v, grad, norm, delta, visible, True, scale)
         total = tl.dot(slope.to(k.dtype), k, total, input_precision="ieee")
@@ -176,9 +192,8 @@ def _query_kernel(
     for own in range(own_first, own_limit, own_keys):
         other = own + tl.arange(0, own_keys)
         exists = other < own_limit
-        at = (other.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-        k = load_rows(own_key, at, exists, True, head_dim, width)
-        v = load_rows(own_value, at, exists, True, head_dim, width)
+        at = keys_at(other, kv_head, num_kv_heads, head_dim)
+        k, v = load_pair(own_key, own_value, at, exists, True, head_dim, width)
         visible = (
             own_visible(slot[:, None], other[None, :], size, window, sliding) & exists[None, :]
         )
@@ -227,9 +242,8 @@ def _context_kernel(
     first = tl.program_id(0) * keys
     place = first + tl.arange(0, keys)
     exists = place < num_context
-    at = (place.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-    k = load_rows(key, at, exists, True, head_dim, width)
-    v = load_rows(value, at, exists, True, head_dim, width)
+    at = keys_at(place, kv_head, num_kv_heads, head_dim)
+    k, v = load_pair(key, value, at, exists, True, head_dim, width)
     total_key = tl.zeros([keys, width], tl.float32)
     total_value = tl.zeros([keys, width], tl.float32)
 
@@ -255,10 +269,10 @@ def _context_kernel(
     part = count - whole
 
     for tile in range(before + whole * share // shares, before + whole * (share + 1) // shares):
-        slot, head, inside = rows_of(from_slot + tile * slots, to_slot, slots, heads, group)
-        row = slot.to(tl.int64) * num_heads + kv_head * group + head
-        q = load_rows(query, row * head_dim, inside, heads != group, head_dim, width)
-        grad = load_rows(grads, row * head_dim, inside, heads != group, head_dim, width)
+        slot, row, inside = rows_of(
+            from_slot + tile * slots, to_slot, kv_head, slots, heads, group, num_heads
+        )
+        q, grad = load_pair(query, grads, row * head_dim, inside, heads != group, head_dim, width)
         norm = tl.load(norms + row, mask=inside, other=0.0)
         delta = tl.load(deltas + row, mask=inside, other=0.0)
         total_key, total_value = _weigh_keys(
@@ -266,10 +280,10 @@ def _context_kernel(
         )
     for number in range(part * share // shares, part * (share + 1) // shares):
         tile = tl.where(number < before, number, number + whole)
-        slot, head, inside = rows_of(from_slot + tile * slots, to_slot, slots, heads, group)
-        row = slot.to(tl.int64) * num_heads + kv_head * group + head
-        q = load_rows(query, row * head_dim, inside, True, head_dim, width)
-        grad = load_rows(grads, row * head_dim, inside, True, head_dim, width)
+        slot, row, inside = rows_of(
+            from_slot + tile * slots, to_slot, kv_head, slots, heads, group, num_heads
+        )
+        q, grad = load_pair(query, grads, row * head_dim, inside, True, head_dim, width)
         norm = tl.load(norms + row, mask=inside, other=0.0)
         delta = tl.load(deltas + row, mask=inside, other=0.0)
         low, high = seen_by(starts, ends, slot, inside, size, window, sliding)
@@ -278,12 +292,8 @@ def _context_kernel(
             q, k, v, grad, norm, delta, visible, True, scale, total_key, total_value
         )
 
-    total_key *= scale * 0.6931471805599453
-    column = tl.arange(0, width)[None, :]
-    mine = exists[:, None] & (column < head_dim)
     at += share.to(tl.int64) * num_context * (num_kv_heads * head_dim)
-    tl.store(grad_key + at[:, None] + column, total_key, mask=mine)
-    tl.store(grad_value + at[:, None] + column, total_value, mask=mine)
+    _store_pair(grad_key, grad_value, at, exists, total_key, total_value, scale, head_dim, width)
 
 
 @triton.jit(do_not_specialize=["num_blocks", "window"])
@@ -314,16 +324,13 @@ def _own_kernel(
     own_keys: tl.constexpr = slots if slots > 16 else 16
     other = first + tl.arange(0, own_keys)
     exists = other < limit
-    at = (other.to(tl.int64) * num_kv_heads + kv_head) * head_dim
-    k = load_rows(own_key, at, exists, True, head_dim, width)
-    v = load_rows(own_value, at, exists, True, head_dim, width)
+    at = keys_at(other, kv_head, num_kv_heads, head_dim)
+    k, v = load_pair(own_key, own_value, at, exists, True, head_dim, width)
     total_key = tl.zeros([own_keys, width], tl.float32)
     total_value = tl.zeros([own_keys, width], tl.float32)
     for begin in range(own_first, own_limit, slots):
-        slot, head, inside = rows_of(begin, own_limit, slots, heads, group)
-        row = slot.to(tl.int64) * num_heads + kv_head * group + head
-        q = load_rows(query, row * head_dim, inside, True, head_dim, width)
-        grad = load_rows(grads, row * head_dim, inside, True, head_dim, width)
+        slot, row, inside = rows_of(begin, own_limit, kv_head, slots, heads, group, num_heads)
+        q, grad = load_pair(query, grads, row * head_dim, inside, True, head_dim, width)
         norm = tl.load(norms + row, mask=inside, other=0.0)
         delta = tl.load(deltas + row, mask=inside, other=0.0)
         visible = own_visible(slot[None, :], other[:, None], size, window, sliding)
@@ -331,9 +338,4 @@ def _own_kernel(
             q, k, v, grad, norm, delta, visible, True, scale, total_key, total_value
         )
 
-    total_key *= scale * 0.6931471805599453
-    column = tl.arange(0, width)[None, :]
-    mine = exists[:, None] & (column < head_dim)
-    kind = grad_key.dtype.element_ty
-    tl.store(grad_key + at[:, None] + column, total_key.to(kind), mask=mine)
-    tl.store(grad_value + at[:, None] + column, total_value.to(kind), mask=mine)
+    _store_pair(grad_key, grad_value, at, exists, total_key, total_value, scale, head_dim, width)

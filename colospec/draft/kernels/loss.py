@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colospec.draft.eagle3.config import Loss
+from colospec.draft.settings import Loss
 
 # Columns of the target's vocabulary whose logits exist at a time.
 PIECE = 32_768

@@ -12,34 +12,25 @@ vocabulary, E places of all depths, R of depth 0, P that learn, K depths.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from colospec.batch import FeatureBatch, FeatureSpec
-from colospec.config import DraftConfig
+from colospec.batch import FeatureBatch
 from colospec.draft.alignment import to_device
 from colospec.draft.attention import Documents, ttt_attention
 from colospec.draft.base import BlockDraft, Choose, LossTerms, StepContext
 from colospec.draft.block_attention import block_attention
-from colospec.draft.eagle3.config import Loss
-from colospec.draft.eagle3.layers import eagle3_layers
 from colospec.draft.kv_cache import KVCache
-from colospec.draft.layer import Attend, DraftLayer, LayerShape, RMSNorm, init_linears
-from colospec.draft.layers import chosen_mask_token
-from colospec.draft.loss import LossSettings, LossSums, Teacher, fused_loss
+from colospec.draft.layer import Attend, DraftLayer, LayerShape, PlainLayer
+from colospec.draft.layers import chosen_mask_token, eagle3_layers
 from colospec.draft.peagle.config import PEagleConfig
-from colospec.draft.peagle.layers import PlainLayer
 from colospec.draft.peagle.public import PEagleFormat
 from colospec.draft.peagle.sampling import Places, sample_places
 from colospec.draft.peagle.speculators import PEagleSpeculators
-from colospec.draft.pruned import PrunedDraft
-from colospec.draft.rope import Rope
+from colospec.draft.pruned import PrunedDraft, step_metrics
 from colospec.draft.rows import pick
-from colospec.draft.vocab import choose_vocabulary
 from colospec.target import Target
 
 ALL = 2**30
@@ -62,43 +53,16 @@ class PEagle(PrunedDraft, BlockDraft):
     def __init__(
         self, config: PEagleConfig, target: Target, *, mapping: tuple[Tensor, Tensor] | None
     ) -> None:
-        super().__init__(mapping)
-        self.config = config
+        super().__init__(config, target, mapping=mapping)
         self.num_drafted = config.num_depths
         self.mask_token_id = chosen_mask_token(config.mask_token_id, target)
         shape = LayerShape.of(target, config.intermediate_size)
-        size, width = (
-            shape.hidden_size,
-            len(eagle3_layers(config.aux_layer_ids, target)) * shape.hidden_size,
-        )
-        self.rope = Rope(target)
-        self.fc = nn.Linear(width, size, bias=False)
+        width = len(eagle3_layers(config.aux_layer_ids, target)) * shape.hidden_size
+        self.fc = nn.Linear(width, shape.hidden_size, bias=False)
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, width))
         self.layers = nn.ModuleList([DraftLayer(shape)])
         self.layers.extend(PlainLayer(shape) for _ in range(config.num_layers - 1))
-        self.norm = RMSNorm(size, shape.eps)
-        vocab_size = target.vocab_size if mapping is None else len(mapping[1])
-        self.lm_head = nn.Linear(size, vocab_size, bias=False)
-        init_linears(self)
-
-    @classmethod
-    def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
-        """Aux hidden states, and the last hidden states for the teacher."""
-        assert isinstance(config, PEagleConfig)
-        return FeatureSpec(
-            aux_layer_ids=eagle3_layers(config.aux_layer_ids, target),
-            last_hidden_states=True,
-            hidden_size=target.hidden_size,
-            dtype=target.dtype,
-        )
-
-    @classmethod
-    def from_config(
-        cls, config: DraftConfig, target: Target, *, token_counts: np.ndarray | Tensor | None
-    ) -> Self:
-        assert isinstance(config, PEagleConfig)
-        mapping = choose_vocabulary(config.draft_vocab_size, target, token_counts)
-        return cls(config, target, mapping=mapping)
+        self.add_head(target)
 
     def forward(self, batch: FeatureBatch, context: StepContext) -> LossTerms:
         """Draft from every place to the depths that are drawn, and compare with the target.
@@ -111,20 +75,14 @@ class PEagle(PrunedDraft, BlockDraft):
         places = planned.to(last.device)
         learning = places.learning
         states = self.unroll(batch.features.aux_hidden_states, places)
-        sums = fused_loss(
+        sums = self.compare(
             self.norm(pick(states, learning.positions)),
-            self.lm_head.weight,
-            teacher=Teacher(last, self.frozen_head, self.target_ids),
-            rows=learning,
-            settings=LossSettings(
-                kind=Loss.kl,
-                lk_eta=0.0,
-                step_weights=(1.0,) * config.num_depths,
-                chunk_tokens=config.chunk_tokens,
-            ),
+            last,
+            learning,
+            step_weights=(1.0,) * config.num_depths,
         )
-        number = torch.full_like(sums.loss, float(len(learning.positions)), requires_grad=False)
-        return LossTerms(sums.loss, _metrics(sums, learning.sizes, number), number)
+        metrics = step_metrics(sums, learning.sizes, len(learning.positions))
+        return LossTerms(sums.loss, metrics, metrics["loss"][1])
 
     def unroll(self, aux_hidden_states: Tensor, places: Places) -> Tensor:
         """Return the last layer's states [E, H] of all places, before the final norm."""
@@ -148,10 +106,6 @@ class PEagle(PrunedDraft, BlockDraft):
             return torch.cat(found)
 
         return self._run(embeds, hidden, places.position_ids, [attend] * len(self.layers))
-
-    def project(self, aux_hidden_states: Tensor) -> Tensor:
-        """Turn the target's aux hidden states [n, A * H] into states [n, H]."""
-        return self.fc(aux_hidden_states.to(self.fc.weight.dtype))  # type: ignore[no-any-return]
 
     def start(self) -> list[KVCache]:
         return [LastState(), *(KVCache() for _ in self.layers[1:])]
@@ -180,7 +134,7 @@ class PEagle(PrunedDraft, BlockDraft):
             states = torch.cat([states, more])
             for cache in caches:
                 cache.truncate(length)
-        return choose(self._over_target_vocabulary(self.lm_head(self.norm(states))))
+        return choose(self.over_target_vocabulary(self.lm_head(self.norm(states))))
 
     def _run(
         self, embeds: Tensor, hidden: Tensor, position_ids: Tensor, attends: Sequence[Attend]
@@ -191,29 +145,9 @@ class PEagle(PrunedDraft, BlockDraft):
             hidden = layer(hidden, table, attend)
         return hidden
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
-        return F.embedding(token_ids, self.embedding).to(self.fc.weight.dtype)
-
     def _mask_embeds(self, number: int) -> Tensor:
         row = self.embedding[self.mask_token_id : self.mask_token_id + 1]
         return row.to(self.fc.weight.dtype).expand(number, -1)
 
     def _mask_state(self, number: int) -> Tensor:
         return self.project(self.mask_hidden.flatten(0, 1)).expand(number, -1)
-
-    def _over_target_vocabulary(self, logits: Tensor) -> Tensor:
-        """Spread logits [n, W] over [n, V]; tokens that the draft cannot say get -inf."""
-        if self.target_ids is None:
-            return logits
-        spread = logits.new_full((len(logits), len(self.embedding)), -torch.inf)
-        spread[:, self.target_ids] = logits
-        return spread
-
-
-def _metrics(sums: LossSums, sizes: list[int], number: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    metrics = {"loss": (sums.loss.detach(), number)}
-    for depth, size in enumerate(sizes):
-        count = torch.full_like(number, float(size))
-        metrics[f"acc_{depth}"] = (sums.correct[depth], count)
-        metrics[f"acceptance_rate_{depth}"] = (sums.acceptance[depth], count)
-    return metrics
