@@ -15,7 +15,7 @@ from colospec.config import ExportFormat, InitVocab
 from colospec.draft import registry
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
-from tests.checkpoint.exports import LAYERS, H, V, W, export
+from tests.checkpoint.exports import LAYERS, H, V, W, export, make_target
 
 
 def counts_of(*token_ids):
