@@ -31,12 +31,8 @@ class Untrained:
 
 
 def make_untrained(path: Path, *, seed: int, family: str = "Qwen3", **changes: object) -> Untrained:
-    """Save a random target, and build an untrained draft that speaks half of its vocabulary.
-
-    In float64: decoding by chunks rounds otherwise than token by token, and in float32 one run of
-    some hundred has two tokens as likely as each other.
-    """
-    settings = {"head_dim": 12, "eos_token_id": None, "dtype": torch.float64} | changes
+    """Save a random target, and build an untrained draft that speaks half of its vocabulary."""
+    settings = {"head_dim": 12, "eos_token_id": None} | changes
     target = Target.load(targets.save(path, family, seed=seed, **settings))
     config = Eagle3Config(ttt_length=3, draft_vocab_size=max(2, target.vocab_size // 2))
     counts = torch.rand(target.vocab_size)

@@ -46,7 +46,7 @@ every_draft = pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def make(
     path: Path, config: DraftConfig, *, seed: int, **changes: object
 ) -> tuple[Target, TargetDecoder, BlockDrafter]:
-    settings = {"head_dim": 12, "eos_token_id": None, "dtype": torch.float64} | changes
+    settings = {"head_dim": 12, "eos_token_id": None} | changes
     target = Target.load(targets.save(path, "Qwen3", seed=seed, **settings))
     torch.manual_seed(seed)
     model = registry.build(config, target, token_counts=torch.rand(target.vocab_size))

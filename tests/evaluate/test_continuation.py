@@ -18,7 +18,7 @@ def write(target: Target, prompts: torch.Tensor, seed: int, **changes: object) -
 
 
 def save(path: Path, seed: int, eos: int | list[int] | None) -> Target:
-    settings = {"eos_token_id": eos, "pad_token_id": 0, "dtype": torch.float64}
+    settings = {"eos_token_id": eos, "pad_token_id": 0}
     return Target.load(targets.save(path, "Qwen3", seed=seed, **settings))
 
 

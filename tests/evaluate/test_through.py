@@ -232,9 +232,8 @@ def test_a_float32_target_is_refused_before_it_is_loaded(
 ) -> None:
     pretend_hopper(monkeypatch, "0.5.17 (patched)")
     cuda = torch.device("cuda")
-    target = Target.load(untrained.target.path, dtype="float32")
     with pytest.raises(ValueError, match=r"do not compute in torch.float32.* --dtype bfloat16"):
-        check_machine(target, cuda)
+        check_machine(Target.load(untrained.target.path), cuda)
     check_machine(Target.load(untrained.target.path, dtype="bfloat16"), cuda)
 
 
