@@ -242,7 +242,9 @@ def _decode_one(
         target.truncate(len(known) + num_kept)
         aux = aux[: num_kept + 1]
         gained = [*proposal.token_ids[:num_kept].tolist(), int(bonus)]
-        ends = [place for place, token in enumerate(gained) if token in target.eos_token_ids]
+        # The last step counts in full, as in engines: what follows the limit ends nothing.
+        within = gained[: settings.max_new_tokens - len(output)]
+        ends = [place for place, token in enumerate(within) if token in target.eos_token_ids]
         gained = gained[: ends[0] + 1] if ends else gained
         known = torch.cat([known, known.new_tensor(gained)])
         output += gained

@@ -179,6 +179,26 @@ def test_output_ends_at_the_end_token(tmp_path: Path, random_seed: int) -> None:
         assert end not in ours[:-1]
 
 
+@pytest.mark.parametrize("place", [5, 6, 7, 8])
+def test_an_end_token_shortens_the_last_step_up_to_the_limit_only(
+    tmp_path: Path, place: int
+) -> None:
+    models = make_untrained(tmp_path / "a", seed=3)
+    prompts = random_prompts(30, vocab_size=models.target.vocab_size, seed=3)
+    texts = decode_plain(models.decoder, prompts, DecodingSettings(max_new_tokens=9)).outputs
+    # The first token, and two steps of four: the second one goes two beyond the limit.
+    settings = DecodingSettings(max_new_tokens=7, chain_length=3)
+    fitting = [n for n, text in enumerate(texts) if text[place] not in text[:place]]
+    assert fitting
+    for number in fitting:
+        models.decoder.eos_token_ids = frozenset({texts[number][place]})
+        drafter = TargetAsDrafter(models.target)
+        result = decode_speculatively(models.decoder, drafter, [prompts[number]], settings)
+        assert result.outputs == [texts[number][: min(place + 1, 7)]]
+        accepted = 3 if place >= 7 else place - 5
+        assert result.num_reached == [1 + int(accepted > at) for at in range(3)]
+
+
 def test_divergence_names_token_and_gap(untrained: Untrained) -> None:
     prompts = random_prompts(1, vocab_size=untrained.target.vocab_size, seed=5)
     settings = DecodingSettings(max_new_tokens=8)
