@@ -37,8 +37,8 @@ class Watchdog:
     """Watches until `stop`. `beat` says that this rank makes progress; `phase` names its work."""
 
     def __init__(self, store: JobStore, place: Place, local: tuple[Place, ...]) -> None:
-        self.signalled = threading.Event()
-        """Set by the signal handler of this rank."""
+        self.signalled: str | None = None
+        """Name of the signal that this rank got; its handler takes no lock, so this is no Event."""
         self.stop_requested = threading.Event()
         self.before_abort: Callable[[], None] = lambda: None
         """Called once before the process ends because of a foreign error; it must be quick."""
@@ -119,10 +119,12 @@ class Watchdog:
     def _look_for_stop(self) -> None:
         """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
         rank's death must not pass for a wish to stop. All ranks learn of it."""
-        if self.signalled.is_set():
+        if self.signalled is not None:
             self._store.set(STOP_KEY, b"1")
         if self._store.peek(STOP_KEY) is not None:
             self.stop_requested.set()
+            cause = self.signalled or "a signal to another rank"
+            log.info("%s: stopping after the step in flight, with a checkpoint", cause)
 
     def _find_local_ranks(self) -> None:
         for rank in self._local.keys() - self._pids.keys():

@@ -85,11 +85,9 @@ class World:
         )
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # Only a flag: torchrun repeats the signal, and the step in flight must finish.
-        if not self.watchdog.signalled.is_set():
-            self.watchdog.signalled.set()
-            name = signal.Signals(number).name
-            log.info("%s: stopping after the step in flight, with a checkpoint", name)
+        # Only a flag, as the step in flight must finish; and no lock, which the interrupted code
+        # may hold: the watchdog says it.
+        self.watchdog.signalled = signal.Signals(number).name
 
 
 @contextmanager
