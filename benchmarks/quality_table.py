@@ -14,7 +14,7 @@ def quality_table(results: Path) -> str | None:
     result = json.loads(files[0].read_text())
     heads = (
         "draft", "steps", "loss", "simulated", "real, greedy", "real, T = 1",
-        "through SGLang (loop)", "tokens/s at 1, 8, 32", "without a draft",
+        "through SGLang (loop)", f"tokens/s at {_batch_sizes(result)}", "without a draft",
     )  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, draft in result["drafts"].items():
@@ -59,6 +59,17 @@ def _measured(drafts: dict[str, dict]) -> str:
     )
 
 
+def _batch_sizes(result: dict) -> str:
+    for draft in result["drafts"].values():
+        if "skipped" not in draft["sglang"]:
+            return ", ".join(str(run["batch_size"]) for run in _runs(draft["sglang"]))
+    return "-"
+
+
+def _runs(served: dict) -> list[dict]:
+    return [run for run in served["through_sglang"]["runs"] if run["temperature"] == 0]
+
+
 def _cells(one: dict | None) -> list[str]:
     if one is None:
         return ["-"] * 4
@@ -77,7 +88,7 @@ def _served(served: dict) -> list[str]:
     tokens per second by batch size, with the draft and without."""
     if "skipped" in served:
         return ["-"] * 3
-    runs = [run for run in served["through_sglang"]["runs"] if run["temperature"] == 0]
+    runs = _runs(served)
     loop = served["drafters"]["draft"]["greedy"]["acceptance_length"]
     rates = (
         " / ".join(f"{run[key]:,.0f}" for run in runs)

@@ -36,8 +36,8 @@ LAST_LINES = 20
 class ServedRun:
     """All prompts decoded once with `batch_size` of them at a time.
 
-    `acceptance` counts every step; its tokens and seconds are those of a second run against the
-    clock, in which the prompts are repeated until they fill a batch.
+    `acceptance` counts every step; its tokens and seconds are those of further runs against the
+    clock. In all of them the prompts are repeated until they fill a batch.
     """
 
     batch_size: int

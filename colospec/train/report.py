@@ -115,7 +115,8 @@ class Reporter:
         self._total = job.total_steps
         self._trackers: list[Tracker] = []
         self._progress: Progress | None = None
-        self._first_step, self._began = start.step, time.monotonic()
+        # The first report, whose steps compiled kernels and say nothing about those to come.
+        self._first: tuple[int, float] | None = None
         if world.place.role_rank == 0:
             run = job.run
             tracker = run.tracker
@@ -212,9 +213,6 @@ class Reporter:
         def tokens(name: str) -> str:
             return f"{metrics[name] / 1000:.1f}k" if name in metrics else "-"
 
-        elapsed = time.monotonic() - self._began
-        done = max(step - self._first_step, 1)
-        eta = int(max(self._total - step, 0) * elapsed / done)
         parts = [
             f"step {step:5d}/{self._total}",
             f"loss {metrics['train/loss']:.3f}",
@@ -230,7 +228,18 @@ class Reporter:
             parts.append(f"ring {metrics['perf/ring_full']:.0f}/{slots}")
         if "memory/reserved_gib" in metrics:
             parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
-        return "  ".join([*parts, f"eta {eta // 60}m{eta % 60:02d}s"])
+        return "  ".join([*parts, f"eta {self._eta(step)}"])
+
+    def _eta(self, step: int) -> str:
+        """Return the time to the last step, at the mean pace since the first report."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, began = self._first
+        if step == first:
+            return "-"
+        seconds = int((self._total - step) * (now - began) / (step - first))
+        return f"{seconds // 60}m{seconds % 60:02d}s"
 
 
 def check_best_metric(name: str, group: str, metrics: Mapping[str, float]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from colospec.engine.sglang_serving import ServingJob
+from colospec.engine.sglang_serving import MIN_TIMED_S, ServingJob
 from colospec.evaluate import served
 from colospec.evaluate.acceptance import (
     DecodingSettings,
@@ -167,9 +167,10 @@ def test_sglang_decodes_what_our_loop_decodes(tmp_path: Path, random_seed: int) 
     for run in result.runs:
         assert run.acceptance.outputs == plain.outputs
         assert run.acceptance.acceptance_length == 1.0
-        assert run.acceptance.seconds > 0
-    first, second = (run.acceptance.num_tokens for run in result.runs)
-    assert (first, second) == (plain.num_tokens, plain.num_tokens)
+        assert run.acceptance.seconds >= MIN_TIMED_S
+        rounds, left = divmod(run.acceptance.num_tokens, plain.num_tokens)
+        assert rounds > 0
+        assert left == 0
     assert children() <= before
 
 

@@ -1,5 +1,7 @@
 """One plan, one loss: modes and splits of the same job agree."""
 
+import re
+
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -52,6 +54,15 @@ def test_alternate_is_bit_equal_to_colocate(one_trainer, tiny_job, tmp_path):
     assert mine.keys() == theirs.keys()
     for name, weight in mine.items():
         assert torch.equal(weight, theirs[name]), name
+
+
+def test_time_left_is_told_from_the_second_report_on(one_trainer):
+    """The first step compiles kernels; what it took is not the pace of the others."""
+    lines = (one_trainer / "log" / "rank0.log").read_text().splitlines()
+    told = [line.split("  eta ")[1] for line in lines if "  eta " in line]
+    assert told[0] == "-"
+    assert told[-1] == "0m00s"
+    assert all(re.fullmatch(r"\d+m\d\ds", one) for one in told[1:])
 
 
 @pytest.mark.slow
