@@ -7,8 +7,8 @@ The phases: text (files of this machine, some held out; a tokenizer), target (a 
 million parameters), samples (what the target writes at temperature 0.7 behind the first tokens of
 training files), one training job per draft on the same samples and as many tokens, and the
 measurements: the reference loop on held-out prompts, beside untrained drafts and a bigram table,
-then SGLang, draft by draft. A phase whose results are in DIR is not run again, so an interrupted
-bench goes on; a measurement that fails is told, and left out of the record.
+then SGLang. A phase whose results are in DIR is not run again, so an interrupted bench goes on; a
+measurement that fails is told, and left out of the record.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from colospec.evaluate.prompts import read_prompts
 from colospec.log import console, to_console
 
 BIGRAM_ROWS = 8192
-SERVED_S = 70.0
-MIN_SERVED_S = 50.0
+SERVED_S = 140.0
 LAST_SHARE = 0.1
 TEMPERATURE = 0.7
 
@@ -208,31 +207,26 @@ class Bench:
         )  # fmt: skip
         work = quality_eval.Work(
             self.work / "target",
-            {name: self.work / f"run-{name}" / "export" for name in sizes.overrides},
-            torch.load(self.work / "successors.pt"), list(prompts), self._decoding(1.0),
-            self.device,
+            self._exports(), torch.load(self.work / "successors.pt"), list(prompts),
+            self._decoding(1.0), self.device,
         )  # fmt: skip
         found = quality_eval.measure(
             work, texts=list(quality_text.windows(tokens, sizes.loss_texts, 256, seed=4)),
             num_processes=sizes.num_processes,
-            limit_s=min(sizes.reference_s, self.left - len(sizes.overrides) * SERVED_S),
+            limit_s=min(sizes.reference_s, self.left - SERVED_S),
         )  # fmt: skip
         for name, comparison in found.items():
             console.print(f"{name}:", comparison.table())
         return {name: comparison.to_dict() for name, comparison in found.items()}
 
-    def served(self, name: str, *, num_waiting: int) -> dict[str, Any]:
-        """Measure a draft through SGLang, greedily, on some of the prompts; leave time for those
-        that wait."""
-        sizes, left = self.sizes, self.left
-        if left < MIN_SERVED_S:
-            return {"skipped": f"{left:.0f} of {sizes.total_s:.0f} s are left"}
+    def served(self) -> dict[str, Any]:
+        """Measure the drafts through SGLang, greedily, on some of the prompts."""
+        sizes = self.sizes
         return quality_eval.through_sglang(
-            self.work / "target", self.work / f"run-{name}" / "export",
-            self.work / "held_out.jsonl", settings=self._decoding(0.0),
-            num_prompts=sizes.served_prompts, prompt_tokens=sizes.prompt_tokens,
-            out=self.work / f"sglang-report-{name}.json",
-            limit_s=max(left - SERVED_S * num_waiting, MIN_SERVED_S),
+            self.work / "target", self._exports(), self.work / "held_out.jsonl",
+            settings=self._decoding(0.0), num_prompts=sizes.served_prompts,
+            prompt_tokens=sizes.prompt_tokens, out=self.work / "sglang-report.json",
+            limit_s=max(self.left, 1.0),
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
@@ -245,11 +239,14 @@ class Bench:
         names = list(self.sizes.overrides)
         drafts = {name: self.phase(f"draft-{name}", partial(self.draft, name)) for name in names}
         reference = self.measured("reference", self.reference)
-        for number, name in enumerate(names, start=1):
-            served = partial(self.served, name, num_waiting=len(names) - number)
+        served = self.measured("sglang", self.served)
+        for name in names:
             drafts[name]["reference"] = reference.get(name, reference)
-            drafts[name]["sglang"] = self.measured(f"sglang-{name}", served)
+            drafts[name]["sglang"] = served.get(name, served)
         return {**facts, "drafts": drafts, "phases": self.seconds}
+
+    def _exports(self) -> dict[str, Path]:
+        return {name: self.work / f"run-{name}" / "export" for name in self.sizes.overrides}
 
     def _decoding(self, temperature: float) -> DecodingSettings:
         sizes = self.sizes
@@ -323,7 +320,12 @@ def main() -> None:
         sizes = (TINY if arguments.tiny else FULL).scaled(arguments.share)
         bench = Bench(arguments.work or Path(name), sizes, commit=arguments.commit)
         results = bench.run()
-    whole = {"benchmark": "quality", **bench.origin, **results, "seconds": sum(bench.seconds.values())}
+    whole = {
+        "benchmark": "quality",
+        **bench.origin,
+        **results,
+        "seconds": sum(bench.seconds.values()),
+    }
     record.write(whole, arguments, name="quality-h200.json")
 
 

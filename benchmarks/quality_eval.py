@@ -129,16 +129,17 @@ def merge(parts: Sequence[Comparison]) -> Comparison:
 
 
 def through_sglang(
-    target: Path, export: Path, prompts: Path, *, settings: DecodingSettings, num_prompts: int,
-    prompt_tokens: int, out: Path, limit_s: float,
+    target: Path, exports: dict[str, Path], prompts: Path, *, settings: DecodingSettings,
+    num_prompts: int, prompt_tokens: int, out: Path, limit_s: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Run `python -m colospec.evaluate --through sglang` greedily; return its report, or
-    why there is none, as {"skipped": reason}."""
+    """Run `python -m colospec.evaluate --through sglang` greedily; return its report of each of
+    `exports`, by name, or why there is none, as {"skipped": reason}."""
     if not torch.cuda.is_available():
         return {"skipped": "no CUDA GPU"}
     command = [
         sys.executable, "-m", "colospec.evaluate", "--through", "sglang",
-        "--target", str(target), "--draft", str(export), "--prompts", str(prompts),
+        "--target", str(target), "--draft", *map(str, exports.values()),
+        "--prompts", str(prompts),
         "--num-prompts", str(num_prompts), "--prompt-tokens", str(prompt_tokens),
         "--max-new-tokens", str(settings.max_new_tokens),
         "--chain-length", str(settings.chain_length), "--json", str(out),
@@ -153,7 +154,8 @@ def through_sglang(
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         print(*lines[-15:], sep="\n")
         return {"skipped": lines[-1][:300]}
-    return dict(json.loads(out.read_text()))
+    found = json.loads(out.read_text())["drafters"].values()
+    return dict(zip(exports, found, strict=True))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def _served(served: dict) -> list[str]:
     if "skipped" in served:
         return ["-"] * 3
     runs = _runs(served)
-    loop = served["drafters"]["draft"]["greedy"]["acceptance_length"]
+    loop = served["greedy"]["acceptance_length"]
     rates = (
         " / ".join(f"{run[key]:,.0f}" for run in runs)
         for key in ("tokens_per_s", "plain_tokens_per_s")

@@ -1,6 +1,6 @@
-"""Measure a draft by real speculative decoding:
+"""Measure drafts by real speculative decoding:
 
-python -m colospec.evaluate --target DIR --draft EXPORT_DIR --prompts FILE
+python -m colospec.evaluate --target DIR --draft EXPORT_DIR ... --prompts FILE
 python -m colospec.evaluate ... --through sglang     # also as it will be served, with speeds
 """
 
@@ -49,6 +49,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             f"--json {options.json}: there is no directory {options.json.parent}; "
             f"mkdir -p {options.json.parent}"
         )
+    directories = _names(options.draft)
     device = torch.device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
     if options.through == "sglang":
@@ -59,9 +60,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         num_prompts=options.num_prompts,
         prompt_tokens=options.prompt_tokens,
     )
-    # In the dtype in which engines serve it.
-    model = load_draft(options.draft, target).to(device, target.dtype)
-    drafter = open_drafter(model, target)
+    # In the dtype in which engines serve them.
+    models = {
+        name: load_draft(path, target).to(device, target.dtype)
+        for name, path in directories.items()
+    }
+    drafters = {name: open_drafter(model, target) for name, model in models.items()}
     decoder = TargetDecoder(target, device=device, trust_remote_code=options.trust_remote_code)
     settings = DecodingSettings(
         max_new_tokens=options.max_new_tokens,
@@ -70,17 +74,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     drafting = (
-        arguments_of(model, options.draft, settings.chain_length)
+        {
+            name: arguments_of(model, directories[name], settings.chain_length)
+            for name, model in models.items()
+        }
         if options.through == "sglang"
-        else None
+        else {}
     )
-    comparison = compare(decoder, {"draft": drafter}, prompts, settings)
+    comparison = compare(decoder, drafters, prompts, settings)
     console.print(comparison.table())
     report = comparison.to_dict()
-    if drafting is not None:
-        sampled = greedily_proposed(decoder, drafter, prompts, settings)
+    if drafting:
+        sampled = {
+            name: greedily_proposed(decoder, drafter, prompts, settings)
+            for name, drafter in drafters.items()
+        }
         # The decoder's hooks know it: only the collector frees its GPU memory, which SGLang needs.
-        del decoder, drafter, model
+        del decoder, drafters, models
         gc.collect()
         torch.cuda.empty_cache()
         served = decode_through_sglang(
@@ -92,27 +102,41 @@ def _evaluate(options: argparse.Namespace) -> None:
             batch_sizes=options.batch_sizes,
             trust_remote_code=options.trust_remote_code,
         )
-        real = comparison.drafters["draft"].greedy
-        console.print(served.table(real, sampled))
-        warn_if_apart(served, real)
-        report["through_sglang"] = served.to_dict(real, sampled)
+        for name, one in served.items():
+            real = comparison.drafters[name].greedy
+            console.print(one.table(name, real, sampled[name]))
+            warn_if_apart(name, one, real)
+            report["drafters"][name]["through_sglang"] = one.to_dict(real, sampled[name])
     if options.json:
-        asked = {name: str(value) for name, value in vars(options).items() if name != "json"}
+        asked = {name: value for name, value in vars(options).items() if name != "json"}
         report = {"settings": asked, **report}
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
         console.print(f"wrote {options.json}")
+
+
+def _names(paths: list[Path]) -> dict[str, Path]:
+    """Name each directory by its last parts, as many as tell it from the others."""
+    rows = [path.resolve().parts for path in paths]
+    for length in range(1, 1 + max(map(len, rows))):
+        named = {"/".join(row[-length:]): path for row, path in zip(rows, paths, strict=True)}
+        if len(named) == len(paths):
+            return named
+    raise ValueError(f"--draft {' '.join(map(str, paths))}: the same directory twice")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m colospec.evaluate",
-        description="Measure a draft's real acceptance length by speculative decoding.",
+        description="Measure the real acceptance length of drafts by speculative decoding.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     defaults = DecodingSettings()
     add = parser.add_argument
     add("--target", type=Path, required=True, help="Hugging Face directory of the target")
-    add("--draft", type=Path, required=True, help="exported draft directory")
+    add(
+        "--draft", type=Path, nargs="+", required=True, metavar="DIR",
+        help="exported draft directories, measured on the same prompts",
+    )  # fmt: skip
     add("--prompts", type=Path, required=True, help="rows with prompt, text or messages")
     add("--num-prompts", type=int, default=32, help="how many of them")
     add("--prompt-tokens", type=int, default=64, help="how much of a text row is prompt")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,12 @@ class ThroughSglang:
             "loop_with_greedy_proposals": sampled and sampled.to_dict(None),
         }
 
-    def table(self, greedy: Acceptance, sampled: Acceptance | None) -> Table:
-        """Return the table that a terminal shows, beside what our loop measured: greedily, and
-        sampled with greedy proposals, as SGLang's are."""
+    def table(self, name: str, greedy: Acceptance, sampled: Acceptance | None) -> Table:
+        """Return the table that a terminal shows for the draft `name`, beside what our loop
+        measured: greedily, and sampled with greedy proposals, as SGLang's are."""
         loop = {one.temperature: one for one in (greedy, sampled) if one}
         table = Table(
-            title=f"through SGLang {self.drafted.version}",
+            title=f"{name} through SGLang {self.drafted.version}",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption="loop: our own, proposing greedily as SGLang does; on same text: loop / length "
@@ -156,19 +156,20 @@ def arguments_of(model: DraftModel, directory: Path, chain_length: int) -> dict[
 
 def decode_through_sglang(
     target: Target,
-    drafting: dict[str, Any],
+    drafting: Mapping[str, dict[str, Any]],
     prompts: Sequence[Tensor],
     settings: DecodingSettings,
     *,
     device: torch.device,
     batch_sizes: Sequence[int],
     trust_remote_code: bool = False,
-) -> ThroughSglang:
+) -> dict[str, ThroughSglang]:
     """Decode `prompts` ([n] token ids) greedily, and at `settings.temperature` if that is above 0.
 
-    `drafting` is what `arguments_of` returned. Raises RuntimeError where SGLang fails.
+    `drafting` is what `arguments_of` returned, by the name of the draft; each draft is compared
+    with the same decoding without one. Raises RuntimeError where SGLang fails.
     """
-    job = ServingJob(
+    plain = ServingJob(
         target=str(target.path),
         dtype=str(target.dtype).removeprefix("torch."),
         device=str(device),
@@ -178,10 +179,15 @@ def decode_through_sglang(
         temperatures=[0.0, settings.temperature] if settings.temperature else [0.0],
         max_new_tokens=settings.max_new_tokens,
         eos_token_ids=sorted(eos_token_ids(target)),
-        speculative=drafting,
+        speculative={},
     )
-    log.info("starting SGLang with the draft, then without it")
-    return ThroughSglang(serve(job), serve(replace(job, speculative={})))
+    drafted = {}
+    for name, arguments in drafting.items():
+        log.info("starting SGLang with %s", name)
+        drafted[name] = serve(replace(plain, speculative=arguments))
+    log.info("starting SGLang without a draft")
+    without = serve(plain)
+    return {name: ThroughSglang(one, without) for name, one in drafted.items()}
 
 
 def greedily_proposed(
@@ -200,9 +206,10 @@ def same_outputs(one: Acceptance, other: Acceptance) -> list[int]:
     return [number for number, (ours, theirs) in enumerate(pairs) if ours == theirs]
 
 
-def warn_if_apart(served: ThroughSglang, real: Acceptance) -> None:
-    """Warn where SGLang's greedy acceptance length is not that of our loop on the prompts for which
-    both gave the same text: the weights are the same, and so should be what they accept.
+def warn_if_apart(name: str, served: ThroughSglang, real: Acceptance) -> None:
+    """Warn where SGLang's greedy acceptance length of the draft `name` is not that of our loop on
+    the prompts for which both gave the same text: the weights are the same, and so should be what
+    they accept.
 
     Other texts are no reason to warn: near-ties of bfloat16 turn with the shape of a batch.
     """
@@ -211,9 +218,9 @@ def warn_if_apart(served: ThroughSglang, real: Acceptance) -> None:
         ours, theirs = real.length_on(same), pair.drafted.length_on(same)
         if abs(theirs / ours - 1) > AGREEMENT:
             log.warning(
-                "SGLang at batch size %d accepts %.3f and our loop %.3f tokens per step on the %d "
-                "of %d prompts that both continue with the same text: the export may be wrong",
-                *(pair.batch_size, theirs, ours, len(same), len(real.outputs)),
+                "%s: SGLang at batch size %d accepts %.3f and our loop %.3f tokens per step on the "
+                "%d of %d prompts that both continue with the same text: the export may be wrong",
+                *(name, pair.batch_size, theirs, ours, len(same), len(real.outputs)),
             )
 
 

@@ -235,11 +235,12 @@ def test_the_table_has_a_row_for_each_draft_and_what_sglang_gave(tmp_path, monke
         return {"simulated": part, "greedy": part, "sampled": part, "loss": loss}
 
     served = {
-        "drafters": {"draft": {"greedy": {"acceptance_length": 2.25}}},
+        "greedy": {"acceptance_length": 2.25},
         "through_sglang": {
             "runs": [
                 {
                     "temperature": temperature,
+                    "batch_size": size,
                     "acceptance_length": 2.0 + temperature,
                     "tokens_per_s": 1500.0 * size,
                     "plain_tokens_per_s": 1000.0 * size,
@@ -269,6 +270,7 @@ def test_the_table_has_a_row_for_each_draft_and_what_sglang_gave(tmp_path, monke
     (tmp_path / "quality-gpu.json").write_text(json.dumps(record))
     head, rule, *rows = quality_table.quality_table(tmp_path).splitlines()
     assert {row.count("|") for row in (head, rule, *rows[:5])} == {head.count("|")}
+    assert "| tokens/s at 1, 8 |" in head
     assert rows[0] == (
         "| eagle3 | 12 | 3.00 | 2.50 | 2.50 | 2.50 | 2.00 (2.25) | 1,500 / 12,000 | 1,000 / 8,000 |"
     )

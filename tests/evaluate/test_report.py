@@ -98,9 +98,9 @@ def test_command_prints_a_table_and_writes_json(
     )
 
     report = json.loads(out.read_text())
-    assert report["settings"]["chain_length"] == "3"
+    assert report["settings"]["chain_length"] == 3
     assert report["num_prompts"] == 2
-    assert report["drafters"]["draft"]["sampled"]["temperature"] == 0.7
+    assert report["drafters"]["export"]["sampled"]["temperature"] == 0.7
     assert "acceptance length" in capfd.readouterr().err
 
 

@@ -77,17 +77,19 @@ def test_only_prompts_with_the_same_text_are_compared(
     loop = accepted_by([([1, 2], [5, 4]), ([3, 4], [0, 0, 0])])
     same = both_ways(accepted_by([([1, 2], [5, 4]), ([3, 9], [5])]))
     with caplog.at_level("WARNING", logger="colospec"):
-        warn_if_apart(same, loop)
+        warn_if_apart("mine", same, loop)
         assert not caplog.records
-        warn_if_apart(both_ways(accepted_by([([1, 2], [5, 3]), ([3, 9], [5])])), loop)
-    assert "accepts 5.000 and our loop 5.500 tokens per step on the 1 of 2" in caplog.text
+        apart = both_ways(accepted_by([([1, 2], [5, 3]), ([3, 9], [5])]))
+        warn_if_apart("mine", apart, loop)
+    assert "mine: SGLang at batch size 1 accepts 5.000 and our loop 5.500 tokens" in caplog.text
+    assert "on the 1 of 2 prompts" in caplog.text
 
     (numbers,) = same.to_dict(loop, None)["runs"]
     assert numbers["acceptance_length"] == pytest.approx(1 + 14 / 3)
     assert numbers["num_same_text_as_loop"] == 1
     assert numbers["num_lossless"] == 2
     assert numbers["speedup"] == 1.0
-    assert same.table(loop, None).row_count == 1
+    assert same.table("mine", loop, None).row_count == 1
 
 
 def test_without_a_common_text_there_is_no_length_to_compare() -> None:
@@ -98,7 +100,7 @@ def test_without_a_common_text_there_is_no_length_to_compare() -> None:
 
     assert numbers["num_same_text_as_loop"] == 0
     assert numbers["acceptance_length_on_same_text"] is None
-    assert "- (0)" in list(served.table(loop, None).columns[4].cells)
+    assert "- (0)" in list(served.table("mine", loop, None).columns[4].cells)
 
 
 def test_the_command_reports_sglang_beside_our_loop(
@@ -109,7 +111,9 @@ def test_the_command_reports_sglang_beside_our_loop(
     """Everything but SGLang itself."""
     data = tiny.write_data(tmp_path / "rows.jsonl", num_rows=10)
     target = Target.load(tiny.write_target(tmp_path / "target"))
-    exported(tmp_path / "draft", target, Eagle3Config(ttt_length=2))
+    drafts = [str(tmp_path / name / "export") for name in ("one", "two")]
+    for draft in drafts:
+        exported(Path(draft), target, Eagle3Config(ttt_length=2))
     jobs = []
     decoders: list[weakref.ref[TargetDecoder]] = []
 
@@ -134,7 +138,6 @@ def test_the_command_reports_sglang_beside_our_loop(
     monkeypatch.setattr(command, "check_machine", lambda *_: None)
     words = {
         "target": target.path,
-        "draft": tmp_path / "draft",
         "prompts": data,
         "num-prompts": 2,
         "max-new-tokens": 6,
@@ -145,17 +148,23 @@ def test_the_command_reports_sglang_beside_our_loop(
         "device": "cpu",
         "json": tmp_path / "out.json",
     }
-    command.main([word for key, value in words.items() for word in (f"--{key}", str(value))])
+    flat = [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    command.main(["--draft", *drafts, *flat])
 
-    drafted, plain = jobs
+    drafted, other, plain = jobs
     assert drafted.speculative["speculative_num_steps"] == 3
+    assert other.speculative["speculative_draft_model_path"] == drafts[1]
     assert plain.speculative == {}
     assert (drafted.batch_sizes, drafted.temperatures) == ([2, 5], [0.0, 0.5])
     assert [len(prompt) > 0 for prompt in drafted.prompts] == [True, True]
-    report = json.loads((tmp_path / "out.json").read_text())["through_sglang"]
-    assert [run["acceptance_length"] for run in report["runs"]] == [1.5] * 4
-    assert report["loop_with_greedy_proposals"]["temperature"] == 0.5
-    assert "through SGLang 0.5.17" in capfd.readouterr().err
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["settings"]["draft"] == drafts
+    assert list(report["drafters"]) == ["one/export", "two/export"]
+    for one in report["drafters"].values():
+        served = one["through_sglang"]
+        assert [run["acceptance_length"] for run in served["runs"]] == [1.5] * 4
+        assert served["loop_with_greedy_proposals"]["temperature"] == 0.5
+    assert capfd.readouterr().err.count("through SGLang 0.5.17") == 2
 
 
 # --- what SGLang does not serve
@@ -203,6 +212,12 @@ def test_without_a_gpu_the_command_says_what_it_needs(untrained: Untrained, tmp_
     words = ["--target", str(untrained.target.path), "--draft", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"needs a CUDA GPU .* device is cpu; --through loop"):
         command.main([*words, "--prompts", str(tmp_path), "--through", "sglang"])
+
+
+def test_a_draft_that_is_given_twice_is_refused() -> None:
+    words = ["--target", "T", "--prompts", "P", "--draft", "a/export", "b/../a/export"]
+    with pytest.raises(SystemExit, match=r"a/export b/\.\./a/export: the same directory twice"):
+        command.main(words)
 
 
 @pytest.mark.parametrize(
