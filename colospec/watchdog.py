@@ -26,6 +26,9 @@ from colospec.store import ERROR_KEY, STOP_KEY, JobStore
 from colospec.topology import Place
 
 PERIOD_S = 0.1
+STARTING = ("start", "load", "attach")
+"""Phases before the first step. In these a rank may wait for one that a signal has ended: a process
+that is still importing dies of SIGTERM, and has no watchdog yet to tell the others."""
 log = logging.getLogger(__name__)
 
 
@@ -118,12 +121,24 @@ class Watchdog:
 
     def _look_for_stop(self) -> None:
         """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
-        rank's death must not pass for a wish to stop. All ranks learn of it."""
+        rank's death must not pass for a wish to stop. All ranks learn of it.
+
+        Before the first step there is nothing to finish or to save, and the job just ends.
+        """
         if self.signalled is not None:
             self._store.set(STOP_KEY, b"1")
-        if self._store.peek(STOP_KEY) is not None:
-            self.stop_requested.set()
-            cause = self.signalled or "a signal to another rank"
+        if self._store.peek(STOP_KEY) is None:
+            return
+        self.stop_requested.set()
+        cause = self.signalled or "a signal to another rank"
+        if self._phase in STARTING:
+            absent = sorted(self._local.keys() - self._pids.keys())
+            others = f"; of this node, ranks {absent} had not joined the job" if absent else ""
+            self.record(
+                f"{self._place}: {cause} in phase {self._phase}, before the first step: nothing is "
+                f"lost, and the same command starts again{others}"
+            )
+        else:
             log.info("%s: stopping after the step in flight, with a checkpoint", cause)
 
     def _find_local_ranks(self) -> None:

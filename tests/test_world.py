@@ -93,6 +93,19 @@ def test_a_request_to_stop_reaches_every_rank():
     assert len(re.findall("saw the request to stop", rest)) == 4
 
 
+def test_a_stop_before_the_first_step_ends_a_job_that_some_ranks_have_not_joined():
+    """They die of the signal while they import, and the others must not wait for them."""
+    with started(command(4, RANK, "2:late=60", "3:late=60")) as job:
+        output = "".join(read_until(job, r"began \d", 60) for _ in range(2))
+        began = time.monotonic()
+        job.send_signal(signal.SIGTERM)
+        rest, _ = job.communicate(timeout=60)
+        took = time.monotonic() - began
+    assert job.returncode != 0
+    assert took < 8, output + rest
+    assert re.search(r"SIGTERM in phase start, .* ranks \[2, 3\] had not joined", rest), rest
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

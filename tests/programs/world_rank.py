@@ -34,6 +34,7 @@ def main():
         time.sleep(float(action.removeprefix("late=")))
     limit = LimitConfig(start_s=40, load_s=40, step_s=4)
     with open_world(topology, limit) as world:
+        sys.stderr.write(f"began {rank}\n")
         if action == "raise":
             raise ValueError("boom in start-up")
         world.agree("configuration", "other" if action == "differ" else "same")
