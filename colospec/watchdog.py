@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from colospec.log import dump_stacks
+from colospec.signals import StopSignals
 from colospec.store import ERROR_KEY, STOP_KEY, JobStore
 from colospec.topology import Place
 
@@ -37,16 +38,18 @@ class JobError(RuntimeError):
 
 
 class Watchdog:
-    """Watches until `stop`. `beat` says that this rank makes progress; `phase` names its work."""
+    """Watches until `stop`. `beat` says that this rank makes progress; `phase` names its work.
+
+    Made and stopped in the main thread: SIGTERM and SIGINT no longer end the process.
+    """
 
     def __init__(self, store: JobStore, place: Place, local: tuple[Place, ...]) -> None:
-        self.signalled: str | None = None
-        """Name of the signal that this rank got; its handler takes no lock, so this is no Event."""
         self.stop_requested = threading.Event()
         self.before_abort: Callable[[], None] = lambda: None
         """Called once before the process ends because of a foreign error; it must be quick."""
         self._store = store
         self._place = place
+        self._signals = StopSignals()
         self._local = {other.rank: other for other in local if other.rank != place.rank}
         self._pidfds: dict[int, int] = {}
         self._pids: dict[int, int] = {}
@@ -71,6 +74,7 @@ class Watchdog:
         for fd in self._pidfds.values():
             os.close(fd)
         self._pidfds.clear()
+        self._signals.close()
 
     def phase(self, name: str, limit_s: float) -> None:
         """Begin a phase: without a `beat` within `limit_s` seconds the job ends with an error."""
@@ -125,12 +129,13 @@ class Watchdog:
 
         Before the first step there is nothing to finish or to save, and the job just ends.
         """
-        if self.signalled is not None:
+        signal = self._signals.seen()
+        if signal is not None:
             self._store.set(STOP_KEY, b"1")
         if self._store.peek(STOP_KEY) is None:
             return
         self.stop_requested.set()
-        cause = self.signalled or "a signal to another rank"
+        cause = signal or "a signal to another rank"
         if self._phase in STARTING:
             absent = sorted(self._local.keys() - self._pids.keys())
             others = f"; of this node, ranks {absent} had not joined the job" if absent else ""

@@ -10,11 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -84,11 +82,6 @@ class World:
             timeout=timedelta(seconds=self.limit.load_s),
         )
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        # Only a flag, as the step in flight must finish; and no lock, which the interrupted code
-        # may hold: the watchdog says it.
-        self.watchdog.signalled = signal.Signals(number).name
-
 
 @contextmanager
 def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
@@ -99,8 +92,6 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
     """
     place = topology.places[int(os.environ["RANK"])]
     world = World(topology, place, limit)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, world._on_signal)
     world.watchdog.start()
     world.phase("start", limit.start_s)
     try:

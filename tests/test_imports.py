@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "colospec"
 LINE = [
-    "config", "topology", "store", "watchdog", "world", "batch", "target", "mps", "launch", "data",
-    "ring", "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep", "dry_run",
-    "doctor", "run",
+    "config", "topology", "store", "signals", "watchdog", "world", "batch", "target", "mps",
+    "launch", "data", "ring", "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep",
+    "dry_run", "doctor", "run",
 ]  # fmt: skip
 FOR_ALL = {"log", "metrics"}
 DISTRIBUTION = {"hydra": "hydra-core", "PIL": "pillow"}
