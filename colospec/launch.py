@@ -17,6 +17,7 @@ from pathlib import Path
 
 from colospec.config import Mode, RunConfig
 from colospec.mps.keeper import die_with
+from colospec.signals import STOP_SIGNALS
 
 
 class JobFailed(RuntimeError):
@@ -73,33 +74,37 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     """Run the job; return the objective from `run_dir`/result.json (lower is better).
 
     Raises JobFailed with the exit code and where the logs are. Ctrl-C and SIGTERM are passed on
-    and the job is waited for, so that no rank is orphaned; if this process is killed, torchrun
-    ends as well.
+    and the job is waited for, so that no rank is orphaned, and SystemExit ends a sweep as well; if
+    this process is killed, torchrun ends too.
     """
     words = command(run, overrides, run_dir)
     shown = ["torchrun", *words[3:]]
     print(f"launch: {shlex.join(shown)}", file=sys.stderr, flush=True)
     # What torchrun would set as well, with a warning for each node.
     env = {"OMP_NUM_THREADS": "1", **os.environ}
-    with subprocess.Popen(words, preexec_fn=die_with(os.getpid()), env=env) as torchrun:
-        asked_to_stop = False
+    asked_to_stop: list[int] = []
+    running: list[subprocess.Popen[bytes]] = []
 
-        def pass_on(*_: object) -> None:
-            nonlocal asked_to_stop
-            asked_to_stop = True
+    def pass_on(number: int, _frame: object) -> None:
+        asked_to_stop.append(number)
+        for torchrun in running:
             torchrun.terminate()
 
-        previous = signal.signal(signal.SIGTERM, pass_on)
-        try:
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+    die = die_with(os.getpid())
+    try:
+        # In a process group of its own: Ctrl-C reaches a whole group, and torchrun abandons its
+        # ranks where a second signal comes while it waits for them to save.
+        with subprocess.Popen(words, process_group=0, preexec_fn=die, env=env) as torchrun:
+            running.append(torchrun)
+            if asked_to_stop:
+                torchrun.terminate()
             code = torchrun.wait()
-        except KeyboardInterrupt:
-            # torchrun got the same Ctrl-C; a second wait lets it stop its ranks.
-            torchrun.wait()
-            raise
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     if asked_to_stop:
-        sys.exit(128 + signal.SIGTERM)  # a sweep must not go on to its next job
+        sys.exit(128 + asked_to_stop[0])  # a sweep must not go on to its next job
     result = run_dir / "result.json"
     if code or not result.is_file():
         raise JobFailed(f"the job ended with code {code}; logs: {run_dir}/log/")

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 # Once per process: all jobs of a sweep share one directory.
 STARTED = time.strftime("outputs/%Y-%m-%d/%H-%M-%S")
+PATIENCE_S = 30.0
+"""torchrun ends all ranks at the first that fails: the others leave the one that speaks, and may
+still be importing, the time to say what is wrong."""
 
 
 def under_torchrun() -> bool:
@@ -107,8 +110,9 @@ def task(cfg: DictConfig) -> float | None:
     try:
         return start(cfg)
     except (ValueError, launch.JobFailed) as error:
-        if is_first_of_node():
-            log.console.print(f"error: {error}", style="bold red", markup=False)
+        if not is_first_of_node():
+            sys.exit(f"error: {error}")  # said if the first of the node has nothing to say
+        log.console.print(f"error: {error}", style="bold red", markup=False)
         if HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN:
             return math.inf
         sys.exit(2 if isinstance(error, ValueError) else 1)
@@ -132,6 +136,16 @@ def refuse_sweep_in_torchrun(words: list[str]) -> None:
 
 def main() -> None:
     """Parse the command line and run."""
+    try:
+        run_task()
+    except SystemExit as ended:
+        if ended.code and not is_first_of_node():
+            time.sleep(PATIENCE_S)
+        raise
+
+
+def run_task() -> None:
+    """Let Hydra compose the settings, and call `task` with them."""
     if under_torchrun():
         refuse_sweep_in_torchrun(sys.argv[1:])
         if not is_first_of_node():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colospec.run import PATIENCE_S
 from tests.jobs.start import job, losses
 from tests.torchrun import ENV, free_port, pids_of, read_until, run, started
 
@@ -91,6 +92,29 @@ def test_a_sweep_inside_torchrun_stops_with_the_right_command(flag):
     assert "trainer.lr=1e-4,3e-4" in output
 
 
+SLOW_FIRST_RANK = """
+import os, time
+if os.environ.get("LOCAL_RANK") == "0":
+    time.sleep(5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("trainer.lr=-1", "error: trainer.lr=-1"),
+        ("trainer.rl=1", "Could not override 'trainer.rl'"),
+        ("-m", "error: a sweep cannot run inside torchrun"),
+    ],
+)
+def test_an_error_of_the_settings_is_said_however_late_the_first_rank_is(tmp_path, word, says):
+    (tmp_path / "sitecustomize.py").write_text(SLOW_FIRST_RANK)
+    began = time.monotonic()
+    output = job(3, "+mode=alternate", word, expect="error", env={"PYTHONPATH": str(tmp_path)})
+    assert output.count(says) == 1, output
+    assert time.monotonic() - began < 5 + PATIENCE_S / 2
+
+
 def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
     words = [*PYTHON, "+mode=colocate", *tiny_job, "launch.gpus=4", "dry_run=true"]
     words += ["data.held_out_samples=5", "trainer.eval_interval=7", "trainer.probe_interval=9"]
@@ -104,13 +128,16 @@ def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
     assert re.search(measured, output, re.S)
 
 
-def test_ctrl_c_on_the_launcher_leaves_no_rank(tiny_job, tmp_path):
+@pytest.mark.parametrize("to", [os.killpg, os.kill], ids=["ctrl_c", "one process"])
+def test_an_interrupt_of_the_launcher_saves_and_leaves_no_rank(tiny_job, tmp_path, to):
     words = [*PYTHON, "+mode=colocate", *tiny_job, "trainer.max_steps=5000",
              f"run_dir={tmp_path}/r"]  # fmt: skip
     with started(words, cwd=tmp_path) as process:
         read_until(process, "step     3", 60)
-        os.killpg(process.pid, signal.SIGINT)
+        to(process.pid, signal.SIGINT)
         output, _ = process.communicate(timeout=40)
         time.sleep(0.2)
         assert not pids_of(process)
+    assert process.returncode == 128 + signal.SIGINT, output
     assert "checkpoint saved" in output, output
+    assert "KeyboardInterrupt" not in output
