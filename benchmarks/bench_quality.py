@@ -80,7 +80,8 @@ class Bench:
             gc.collect()
             torch.cuda.empty_cache()
         facts["seconds"] = self.seconds[name] = round(time.monotonic() - begin, 1)
-        if "skipped" not in facts:
+        parts = [facts, *(fact for fact in facts.values() if isinstance(fact, dict))]
+        if not any("skipped" in part for part in parts):
             file.write_text(json.dumps(facts))
         shown = {k: v for k, v in facts.items() if isinstance(v, (int, float, str))}
         self.tell(f"{name}: {shown}")

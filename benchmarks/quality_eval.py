@@ -136,6 +136,7 @@ def through_sglang(
     `exports`, by name, or why there is none, as {"skipped": reason}."""
     if not torch.cuda.is_available():
         return {"skipped": "no CUDA GPU"}
+    out.unlink(missing_ok=True)
     command = [
         sys.executable, "-m", "colospec.evaluate", "--through", "sglang",
         "--target", str(target), "--draft", *map(str, exports.values()),
@@ -149,13 +150,19 @@ def through_sglang(
             command, capture_output=True, text=True, timeout=limit_s, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return {"skipped": f"no answer within {limit_s:.0f} s"}
-    if done.returncode or not out.is_file():
+        lines = [f"no answer within {limit_s:.0f} s"]
+    else:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        print(*lines[-15:], sep="\n")
+        if done.returncode:
+            print(*lines[-15:], sep="\n")
+    if not out.is_file():
         return {"skipped": lines[-1][:300]}
+    # The report grows draft by draft, and what it has by now counts.
     found = json.loads(out.read_text())["drafters"].values()
-    return dict(zip(exports, found, strict=True))
+    return {
+        name: one if "through_sglang" in one else {"skipped": lines[-1][:300]}
+        for name, one in zip(exports, found, strict=True)
+    }
 
 
 @contextmanager

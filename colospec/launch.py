@@ -88,13 +88,16 @@ def launch(run: RunConfig, overrides: Sequence[str], run_dir: Path) -> float:
     def pass_on(number: int, _frame: object) -> None:
         asked_to_stop.append(number)
         for torchrun in running:
-            torchrun.terminate()
+            if len(asked_to_stop) == 1:
+                torchrun.terminate()
+            else:
+                os.write(2, b"still saving; `kill -9 %d` ends the job at once\n" % torchrun.pid)
 
     previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
     die = die_with(os.getpid())
     try:
-        # In a process group of its own: Ctrl-C reaches a whole group, and torchrun abandons its
-        # ranks where a second signal comes while it waits for them to save.
+        # In a process group of its own, which Ctrl-C does not reach: torchrun abandons its ranks
+        # where more signals come while it waits for them to save.
         with subprocess.Popen(words, process_group=0, preexec_fn=die, env=env) as torchrun:
             running.append(torchrun)
             if asked_to_stop:

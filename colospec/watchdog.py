@@ -17,7 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import asdict, dataclass
+from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -35,6 +36,18 @@ log = logging.getLogger(__name__)
 
 class JobError(RuntimeError):
     """The first error of the job, wherever it happened."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Why the job ends before its plan does. The first end of any rank stands for the job.
+
+    `is_stop`: somebody asked for it, and no work was begun; no failure that torchrun should mend.
+    """
+
+    rank: int
+    cause: str
+    is_stop: bool = False
 
 
 class Watchdog:
@@ -58,6 +71,7 @@ class Watchdog:
         self._limit_s = float("inf")
         self._since = time.monotonic()
         self._ended = threading.Event()
+        self._looking = threading.Lock()
         self._abort_lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -86,34 +100,39 @@ class Watchdog:
         """Note progress inside the phase."""
         self._since = time.monotonic()
 
-    def record(self, error: str) -> str:
-        """Make `error` the job's first error unless there is one; return the first one.
+    def record(self, cause: str, *, is_stop: bool = False) -> End:
+        """Make `cause` the job's end unless there is one; return the first one.
 
-        Only the rank whose error is the first says so on the console.
+        Only the rank whose end is the first says so on the console.
         """
-        text = json.dumps({"rank": self._place.rank, "error": error})
-        first: dict[str, Any] = json.loads(self._store.set_first(ERROR_KEY, text.encode()))
-        if first == json.loads(text):
-            log.error("%s", error)
-        return str(first["error"])
+        own = End(self._place.rank, cause, is_stop)
+        first = self._store.set_first(ERROR_KEY, json.dumps(asdict(own)).encode())
+        if End(**json.loads(first)) == own:
+            log.log(logging.WARNING if is_stop else logging.ERROR, "%s", cause)
+        return End(**json.loads(first))
 
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD_S):
             try:
-                self._look()
+                self.look()
             except Exception as error:
                 if self._ended.is_set():
                     return
-                self.abort(f"torchrun's store is gone, torchrun has ended ({error})", say=True)
+                self._lost(f"torchrun's store is gone, torchrun has ended ({error})")
+
+    def look(self) -> None:
+        """Look once at everything, from any thread; the process ends here if the job does."""
+        with self._looking:
+            self._look()
 
     def _look(self) -> None:
         if os.getppid() != self._parent:
-            self.abort(f"torchrun (pid {self._parent}) has died", say=True)
+            self._lost(f"torchrun (pid {self._parent}) has died")
         self._find_local_ranks()
         for rank in self._dead_ranks():
             self._report_death(rank)
         if (first := self._store.peek(ERROR_KEY)) is not None:
-            self.abort(json.loads(first)["error"])
+            self.abort(End(**json.loads(first)))
         if not self.stop_requested.is_set():
             self._look_for_stop()
         age = time.monotonic() - self._since
@@ -127,7 +146,8 @@ class Watchdog:
         """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
         rank's death must not pass for a wish to stop. All ranks learn of it.
 
-        Before the first step there is nothing to finish or to save, and the job just ends.
+        Before the first step there is nothing to finish or to save, and the job just ends. So it
+        does where a rank has failed before it joined: torchrun's SIGTERM is all that says so.
         """
         signal = self._signals.seen()
         if signal is not None:
@@ -138,11 +158,16 @@ class Watchdog:
         cause = signal or "a signal to another rank"
         if self._phase in STARTING:
             absent = sorted(self._local.keys() - self._pids.keys())
-            others = f"; of this node, ranks {absent} had not joined the job" if absent else ""
-            self.record(
-                f"{self._place}: {cause} in phase {self._phase}, before the first step: nothing is "
-                f"lost, and the same command starts again{others}"
+            text = (
+                f"{self._place}: {cause} in phase {self._phase}: the job ends before its first "
+                "step, with nothing to save"
             )
+            if absent:
+                text += (
+                    f"; ranks {absent} of this node had not joined it, and if nobody asked for "
+                    "this stop, they have failed: see above"
+                )
+            self.record(text, is_stop=True)
         else:
             log.info("%s: stopping after the step in flight, with a checkpoint", cause)
 
@@ -173,22 +198,29 @@ class Watchdog:
                 "(killed, out of memory, or crashed in native code); see its log"
             )
 
-    def abort(self, root_cause: str, *, say: bool = False) -> NoReturn:
+    def _lost(self, cause: str) -> NoReturn:
+        """End this process where the others cannot be told."""
+        with contextlib.suppress(Exception):
+            log.error("ended by: %s", cause)
+        self.abort(End(self._place.rank, cause))
+
+    def abort(self, end: End) -> NoReturn:
         """End this process at once, from either thread: the other may be blocked for ever.
 
-        `say` puts the root cause on the console too. Nothing here may stop the end from coming.
+        Nothing here may stop the end from coming.
         """
         self._abort_lock.acquire()  # never released: the second caller only waits for the end
         with contextlib.suppress(Exception):
-            log.log(logging.ERROR if say else logging.DEBUG, "ended by: %s", root_cause)
+            log.debug("ended by: %s", end.cause)
         with contextlib.suppress(Exception):
             self.before_abort()
-        with contextlib.suppress(Exception):
-            dump_stacks()
-        record_for_torchrun(root_cause)
+        if not end.is_stop:
+            with contextlib.suppress(Exception):
+                dump_stacks()
+            record_for_torchrun(end.cause)
         with contextlib.suppress(Exception):
             sys.stderr.flush()
-        os._exit(1)
+        os._exit(0 if end.is_stop else 1)
 
 
 def record_for_torchrun(root_cause: str) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from colospec.config import LimitConfig
 from colospec.store import JobStore
 from colospec.topology import Place, Topology
-from colospec.watchdog import Watchdog
+from colospec.watchdog import End, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +92,9 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
     """
     place = topology.places[int(os.environ["RANK"])]
     world = World(topology, place, limit)
-    world.watchdog.start()
-    world.phase("start", limit.start_s)
     try:
+        world.watchdog.start()
+        world.phase("start", limit.start_s)
         yield world
     except BaseException as error:
         text = f"{place}: {type(error).__name__}: {error}"
@@ -110,8 +110,10 @@ def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
 def _leave(world: World, error: str) -> NoReturn:
     """Record `error` and end the process: a clean shutdown could block on ranks that are gone."""
     try:
+        # A signal ends the helpers of this rank too, sooner than the watchdog's next look.
+        world.watchdog.look()
         first = world.watchdog.record(error)
     except Exception:
-        first = error
+        first = End(world.place.rank, error)
         log.error("%s", error)
     world.watchdog.abort(first)

@@ -103,7 +103,21 @@ def test_a_stop_before_the_first_step_ends_a_job_that_some_ranks_have_not_joined
         took = time.monotonic() - began
     assert job.returncode != 0
     assert took < 8, output + rest
-    assert re.search(r"SIGTERM in phase start, .* ranks \[2, 3\] had not joined", rest), rest
+    assert re.search(r"SIGTERM in phase start: .* ranks \[2, 3\] of this node had not", rest), rest
+    assert "error: " not in rest
+
+
+def test_a_stop_before_the_first_step_is_no_failure_that_torchrun_would_mend():
+    words = command(2, RANK, "1:late=6")
+    at = next(i for i, word in enumerate(words) if word.startswith("--nproc"))
+    words.insert(at, "--max-restarts=2")
+    with started(words) as job:
+        output = read_until(job, r"began 0 pid", 60)
+        os.kill(int(re.search(r"began 0 pid (\d+)", output)[1]), signal.SIGTERM)
+        rest, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, rest
+    assert "began 0" not in rest, "it was started again"
+    assert "before its first step, with nothing to save" in rest
 
 
 def alive(pid):

@@ -85,9 +85,14 @@ def _train_draft(overrides: list[str]) -> Path:
         f"run_dir={run_dir}",
         *overrides,
     ]
-    done = subprocess.run([sys.executable, "-m", "colospec.run", *choices], check=False)
-    if done.returncode:
-        raise RuntimeError(f"training ended with exit code {done.returncode}; see above")
+    with subprocess.Popen([sys.executable, "-m", "colospec.run", *choices]) as training:
+        try:
+            code = training.wait()
+        except KeyboardInterrupt:
+            training.wait()  # it got the same Ctrl-C, and saves
+            raise
+    if code:
+        raise RuntimeError(f"training ended with exit code {code}; see above")
     return run_dir
 
 

@@ -11,6 +11,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     comparison = compare(decoder, drafters, prompts, settings)
     console.print(comparison.table())
-    report = comparison.to_dict()
+    asked = {name: value for name, value in vars(options).items() if name != "json"}
+    report = {"settings": asked, **comparison.to_dict()}
+    _write(report, options.json)
     if drafting:
         sampled = {
             name: greedily_proposed(decoder, drafter, prompts, settings)
@@ -102,16 +105,22 @@ def _evaluate(options: argparse.Namespace) -> None:
             batch_sizes=options.batch_sizes,
             trust_remote_code=options.trust_remote_code,
         )
-        for name, one in served.items():
+        for name, one in served:
             real = comparison.drafters[name].greedy
             console.print(one.table(name, real, sampled[name]))
             warn_if_apart(name, one, real)
             report["drafters"][name]["through_sglang"] = one.to_dict(real, sampled[name])
+            _write(report, options.json)
     if options.json:
-        asked = {name: value for name, value in vars(options).items() if name != "json"}
-        report = {"settings": asked, **report}
-        options.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
         console.print(f"wrote {options.json}")
+
+
+def _write(report: dict[str, Any], file: Path | None) -> None:
+    """Keep what is measured so far: what follows takes minutes, and may fail."""
+    if file is not None:
+        part = file.with_name(file.name + ".part")
+        part.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        part.replace(file)
 
 
 def _names(paths: list[Path]) -> dict[str, Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,11 +163,11 @@ def decode_through_sglang(
     device: torch.device,
     batch_sizes: Sequence[int],
     trust_remote_code: bool = False,
-) -> dict[str, ThroughSglang]:
+) -> Iterator[tuple[str, ThroughSglang]]:
     """Decode `prompts` ([n] token ids) greedily, and at `settings.temperature` if that is above 0.
 
-    `drafting` is what `arguments_of` returned, by the name of the draft; each draft is compared
-    with the same decoding without one. Raises RuntimeError where SGLang fails.
+    `drafting` is what `arguments_of` returned, by the name of the draft; one after another, each
+    draft is compared with the same decoding without one. Raises RuntimeError where SGLang fails.
     """
     plain = ServingJob(
         target=str(target.path),
@@ -181,13 +181,11 @@ def decode_through_sglang(
         eos_token_ids=sorted(eos_token_ids(target)),
         speculative={},
     )
-    drafted = {}
-    for name, arguments in drafting.items():
-        log.info("starting SGLang with %s", name)
-        drafted[name] = serve(replace(plain, speculative=arguments))
     log.info("starting SGLang without a draft")
     without = serve(plain)
-    return {name: ThroughSglang(one, without) for name, one in drafted.items()}
+    for name, arguments in drafting.items():
+        log.info("starting SGLang with %s", name)
+        yield name, ThroughSglang(serve(replace(plain, speculative=arguments)), without)
 
 
 def greedily_proposed(

@@ -228,18 +228,23 @@ class Reporter:
             parts.append(f"ring {metrics['perf/ring_full']:.0f}/{slots}")
         if "memory/reserved_gib" in metrics:
             parts.append(f"mem {metrics['memory/reserved_gib']:.1f} GiB")
-        return "  ".join([*parts, f"eta {self._eta(step)}"])
-
-    def _eta(self, step: int) -> str:
-        """Return the time to the last step, at the mean pace since the first report."""
         now = time.monotonic()
         if self._first is None:
             self._first = step, now
         first, began = self._first
-        if step == first:
-            return "-"
-        seconds = int((self._total - step) * (now - began) / (step - first))
-        return f"{seconds // 60}m{seconds % 60:02d}s"
+        left = time_left(self._total - step, step - first, now - began)
+        return "  ".join([*parts, f"eta {left}"])
+
+
+def time_left(num_left: int, num_done: int, seconds: float) -> str:
+    """Return how long `num_left` steps take, if they are like `num_done` that took `seconds`.
+
+    The number of a plan's steps is an estimate, and can be past.
+    """
+    if not num_done:
+        return "-"
+    left = int(max(num_left, 0) * seconds / num_done)
+    return f"{left // 60}m{left % 60:02d}s"
 
 
 def check_best_metric(name: str, group: str, metrics: Mapping[str, float]) -> None:

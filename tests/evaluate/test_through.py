@@ -151,7 +151,7 @@ def test_the_command_reports_sglang_beside_our_loop(
     flat = [word for key, value in words.items() for word in (f"--{key}", str(value))]
     command.main(["--draft", *drafts, *flat])
 
-    drafted, other, plain = jobs
+    plain, drafted, other = jobs
     assert drafted.speculative["speculative_num_steps"] == 3
     assert other.speculative["speculative_draft_model_path"] == drafts[1]
     assert plain.speculative == {}

@@ -134,10 +134,13 @@ def test_an_interrupt_of_the_launcher_saves_and_leaves_no_rank(tiny_job, tmp_pat
              f"run_dir={tmp_path}/r"]  # fmt: skip
     with started(words, cwd=tmp_path) as process:
         read_until(process, "step     3", 60)
-        to(process.pid, signal.SIGINT)
+        for _ in range(4):  # of somebody impatient
+            to(process.pid, signal.SIGINT)
+            time.sleep(0.1)
         output, _ = process.communicate(timeout=40)
         time.sleep(0.2)
         assert not pids_of(process)
     assert process.returncode == 128 + signal.SIGINT, output
     assert "checkpoint saved" in output, output
     assert "KeyboardInterrupt" not in output
+    assert re.search(r"still saving; `kill -9 \d+` ends the job at once", output), output

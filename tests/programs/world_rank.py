@@ -34,7 +34,7 @@ def main():
         time.sleep(float(action.removeprefix("late=")))
     limit = LimitConfig(start_s=40, load_s=40, step_s=4)
     with open_world(topology, limit) as world:
-        sys.stderr.write(f"began {rank}\n")
+        sys.stderr.write(f"began {rank} pid {os.getpid()}\n")
         if action == "raise":
             raise ValueError("boom in start-up")
         world.agree("configuration", "other" if action == "differ" else "same")
@@ -43,8 +43,8 @@ def main():
         dist.all_reduce(total)
         assert total.item() == world.place.world_size
         world.barrier("joined")
-        sys.stderr.write(f"joined {rank} pid {os.getpid()}\n")
         world.phase("train", limit.step_s if action == "hang" else 60)
+        sys.stderr.write(f"joined {rank} pid {os.getpid()}\n")
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if action == "stop":

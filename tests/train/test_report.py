@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from colospec.data.pack import Step
-from colospec.train.report import PARTS, StepTimes
+from colospec.train.report import PARTS, StepTimes, time_left
 
 
 def step(*bins):
@@ -44,3 +44,11 @@ def test_what_happens_in_a_pause_is_not_in_the_window(error):
             raise error
     assert 0.02 <= times.began - began <= time.monotonic() - began
     assert sum(times.seconds().values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("left", "done", "seconds", "told"),
+    [(10, 0, 0.0, "-"), (10, 4, 30.0, "1m15s"), (0, 4, 30.0, "0m00s"), (-3, 103, 40.0, "0m00s")],
+)
+def test_time_left_is_told_at_the_pace_so_far(left, done, seconds, told):
+    assert time_left(left, done, seconds) == told
