@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -147,6 +148,9 @@ def main() -> None:
 def run_task() -> None:
     """Let Hydra compose the settings, and call `task` with them."""
     if under_torchrun():
+        # Until the watchdog listens, a SIGINT ends a rank at once, as SIGTERM does: some imports
+        # swallow KeyboardInterrupt, and the rank would wait for others that have ended.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         refuse_sweep_in_torchrun(sys.argv[1:])
         if not is_first_of_node():
             # One rank speaks for its node while the settings are composed.

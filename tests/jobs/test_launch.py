@@ -13,7 +13,7 @@ import pytest
 
 from colospec.run import PATIENCE_S
 from tests.jobs.start import job, losses
-from tests.torchrun import ENV, free_port, pids_of, read_until, run, started
+from tests.torchrun import ENV, command, free_port, pids_of, read_until, run, started
 
 PYTHON = [sys.executable, "-m", "colospec.run"]
 
@@ -113,6 +113,34 @@ def test_an_error_of_the_settings_is_said_however_late_the_first_rank_is(tmp_pat
     output = job(3, "+mode=alternate", word, expect="error", env={"PYTHONPATH": str(tmp_path)})
     assert output.count(says) == 1, output
     assert time.monotonic() - began < 5 + PATIENCE_S / 2
+
+
+SWALLOWING_IMPORT = """
+import os, sys, time
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" and "RANK" in os.environ:
+            sys.meta_path.remove(self)
+            sys.stderr.write("importing\\n")
+            try:
+                time.sleep(20)
+            except KeyboardInterrupt:
+                if os.environ["RANK"] == "1":
+                    raise
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_an_interrupt_ends_a_rank_whose_imports_would_swallow_it(tiny_job, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SWALLOWING_IMPORT)
+    words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, f"run_dir={tmp_path}/r")
+    with started(words, env={"PYTHONPATH": str(tmp_path)}) as process:
+        for _ in range(2):
+            read_until(process, "importing", 60)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert time.monotonic() - began < 10
 
 
 def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
