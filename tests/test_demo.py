@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from colospec import demo
 from colospec.demo import __main__ as command
-from colospec.demo import recipe, text
+from colospec.demo import recipe, text, training
 from colospec.demo.training import train_model
 from colospec.target import Target
 
@@ -127,6 +127,18 @@ def test_training_leaves_threads_and_random_state_alone() -> None:
 
     assert torch.equal(torch.rand(3), expected)
     assert torch.get_num_threads() == 1
+
+
+def test_a_target_that_had_too_little_time_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(training, "MAX_SECONDS", 0.0)
+    tokens = torch.arange(3000) % recipe.VOCAB_SIZE
+    with caplog.at_level("WARNING", logger="colospec"):
+        train_model(tokens, tokens, num_steps=1)
+        assert not caplog.records
+        train_model(tokens, tokens, num_steps=2)
+    assert "had time for 1 of 2 steps" in caplog.text
 
 
 def test_report_of_a_missing_run_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,13 @@ def train_model(tokens: Tensor, held_out: Tensor, num_steps: int) -> Any:
         "demo target: %.1f million parameters, %d steps in %.0f s, loss on held-out files %.2f",
         *(size, step, seconds, loss),
     )
+    if step < num_steps:
+        log.warning(
+            "the demo target had time for %d of %d steps, as this machine is slow or busy: what "
+            "drafts gain on so plain a target is not what the README shows; delete demo-* in the "
+            "cache (~/.cache/colospec) to build it again",
+            step, num_steps,
+        )  # fmt: skip
     return model
 
 
