@@ -106,10 +106,11 @@ class Watchdog:
         Only the rank whose end is the first says so on the console.
         """
         own = End(self._place.rank, cause, is_stop)
-        first = self._store.set_first(ERROR_KEY, json.dumps(asdict(own)).encode())
-        if End(**json.loads(first)) == own:
+        kept = self._store.set_first(ERROR_KEY, json.dumps(asdict(own)).encode())
+        first = End(**json.loads(kept))
+        if first == own:
             log.log(logging.WARNING if is_stop else logging.ERROR, "%s", cause)
-        return End(**json.loads(first))
+        return first
 
     def _watch(self) -> None:
         while not self._ended.wait(PERIOD_S):

@@ -118,9 +118,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _write(report: dict[str, Any], file: Path | None) -> None:
     """Keep what is measured so far: what follows takes minutes, and may fail."""
     if file is not None:
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(report, indent=2, default=str) + "\n")
-        part.replace(file)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        temporary.replace(file)
 
 
 def _names(paths: list[Path]) -> dict[str, Path]:
