@@ -213,12 +213,12 @@ class Watchdog:
         self._abort_lock.acquire()  # never released: the second caller only waits for the end
         with contextlib.suppress(Exception):
             log.debug("ended by: %s", end.cause)
-        with contextlib.suppress(Exception):
-            self.before_abort()
         if not end.is_stop:
             with contextlib.suppress(Exception):
                 dump_stacks()
             record_for_torchrun(end.cause)
+        with contextlib.suppress(Exception):
+            self.before_abort()  # last: other threads still run, and could begin anew
         with contextlib.suppress(Exception):
             sys.stderr.flush()
         os._exit(0 if end.is_stop else 1)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from colospec.checkpoint.durable import OLD, TEMPORARY, publish, restore
+from colospec.checkpoint.durable import TEMPORARY, clear, publish
 from colospec.checkpoint.manifest import (
     DamagedError,
     FileFacts,
@@ -170,11 +170,8 @@ class Checkpointer:
 
     def _prepare(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for old in self.directory.glob(f"*{OLD}"):
-            restore(old.with_name(old.name.removesuffix(OLD)))
-        for stale in self.directory.glob(f"*{TEMPORARY}"):
-            log.warning("removing %s, which a killed run left unfinished", stale)
-            shutil.rmtree(stale)
+        for stale in clear(self.directory):
+            log.warning("removed %s, which a killed run left unfinished", stale)
 
     def _find(self, work: Callable[[], Found | None]) -> Found | None:
         """Let rank 0 look and check; its answer or its error is everybody's."""

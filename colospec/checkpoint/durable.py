@@ -1,11 +1,12 @@
 """Put a finished directory in place so that a crash leaves the old one or the new one, never half.
 
 Write everything into a sibling whose name ends in `.tmp`, then `publish` it. What a killed process
-leaves behind ends in `.tmp` too; the next one calls `restore` and then removes what still does.
+leaves behind ends in `.tmp` too; `clear` removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -81,3 +82,18 @@ def discard(directory: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     directory.rename(doomed)
     shutil.rmtree(doomed)
+
+
+def clear(parent: Path) -> list[Path]:
+    """Remove every directory of `parent` that was not finished; return them, as they were called.
+
+    A thread that still writes into one finds its path gone, and cannot fill it again meanwhile.
+    Raises OSError.
+    """
+    for old in parent.glob(f"*{OLD}"):
+        restore(old.with_name(old.name.removesuffix(OLD)))
+    unfinished = sorted(parent.glob(f"*{TEMPORARY}"))
+    for directory in unfinished:
+        with contextlib.suppress(FileNotFoundError):  # just then published or removed
+            discard(directory)
+    return unfinished

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import shutil
 import time
 import uuid
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from colospec import log as logs
 from colospec.batch import FeatureSource
+from colospec.checkpoint.durable import clear
 from colospec.config import Mode, RingPayload, RunConfig
 from colospec.mps.client import bootstrap
 from colospec.mps.products import check_products, model_shapes
@@ -238,5 +238,4 @@ def _remove_half_checkpoints(run_dir: Path, world: World) -> None:
         return
     if world.place.role is Role.ENGINE:
         time.sleep(1.0)
-    for directory in (run_dir / "checkpoint").glob("*.tmp"):
-        shutil.rmtree(directory, ignore_errors=True)
+    clear(run_dir / "checkpoint")
