@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from colospec import durable
+
 
 class Sums:
     """Running (sum, count) pairs, kept on the device; divided only when they are fetched."""
@@ -64,9 +66,7 @@ class JsonlTracker:
                 if (step := _step(line)) < first_step
                 or (step == first_step and not (owes_evaluation and _is_evaluation(line)))
             ]
-        rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.rename(path)
+        durable.write(path, "".join(line + "\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -13,6 +13,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 from rich.table import Table
 
+from colospec import durable
 from colospec.log import console
 
 
@@ -60,7 +61,7 @@ class SweepSummary(Callback):
             table.add_row(shown, str(row["settings"]), str(row["directory"]))
         console.print(table)
         file = Path(config.hydra.sweep.dir) / "sweep.json"
-        file.write_text(json.dumps(rows, indent=2) + "\n")
+        durable.write(file, json.dumps(rows, indent=2) + "\n")
         console.print(f"written to {file}")
         if self._has_failed:
             sys.exit(1)

@@ -15,7 +15,7 @@ LINE = [
     "launch", "data", "ring", "engine", "draft", "checkpoint", "evaluate", "demo", "train", "sweep",
     "dry_run", "doctor", "run",
 ]  # fmt: skip
-FOR_ALL = {"log", "metrics"}
+FOR_ALL = {"durable", "log", "metrics"}
 DISTRIBUTION = {"hydra": "hydra-core", "PIL": "pillow"}
 
 

@@ -27,7 +27,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from colospec.checkpoint.durable import TEMPORARY, clear, publish
 from colospec.checkpoint.manifest import (
     DamagedError,
     FileFacts,
@@ -41,6 +40,7 @@ from colospec.checkpoint.manifest import (
 from colospec.checkpoint.peers import Peers
 from colospec.checkpoint.rotate import rotate
 from colospec.checkpoint.state import load_state, local_bytes, save_state, stage
+from colospec.durable import TEMPORARY, clear, publish
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from colospec.checkpoint.card import model_card
-from colospec.checkpoint.durable import TEMPORARY, publish, restore
 from colospec.checkpoint.manifest import DamagedError, open_checkpoint
 from colospec.checkpoint.public import (
     CONFIG,
@@ -43,6 +42,7 @@ from colospec.config import DraftConfig, ExportFormat
 from colospec.draft import catalog, registry
 from colospec.draft.base import DraftModel
 from colospec.draft.public import PublicFormat, Shapes
+from colospec.durable import TEMPORARY, publish, restore
 from colospec.target import Target
 
 WEIGHTS = "model.safetensors"

@@ -6,8 +6,8 @@ import logging
 import math
 from pathlib import Path
 
-from colospec.checkpoint.durable import discard
 from colospec.checkpoint.manifest import DamagedError, Found, open_checkpoint, step_of
+from colospec.durable import discard
 
 log = logging.getLogger(__name__)
 

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from colospec.data.encode import Encoded, EncodeOptions
+from colospec.durable import TEMPORARY, publish
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,7 @@ def build(target: Path, samples: Iterable[Encoded], *, vocab_size: int) -> None:
 
     The caller holds the lock; what an earlier, killed process left unfinished is thrown away.
     """
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(target.name + TEMPORARY)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -153,8 +154,7 @@ def build(target: Path, samples: Iterable[Encoded], *, vocab_size: int) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    temporary.rename(target)
-    _sync(target.parent)
+    publish(temporary, target)
 
 
 def _write(directory: Path, samples: Iterable[Encoded], vocab_size: int) -> None:
@@ -195,8 +195,6 @@ def _write(directory: Path, samples: Iterable[Encoded], vocab_size: int) -> None
         vocab_size=vocab_size,
     )
     (directory / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    for file in [*directory.iterdir(), directory]:
-        _sync(file)
 
 
 def _count_by_sample(encoded: Encoded) -> NDArray[np.int64]:
@@ -205,15 +203,6 @@ def _count_by_sample(encoded: Encoded) -> NDArray[np.int64]:
     ends = encoded.lengths.cumsum()
     counts: NDArray[np.int64] = before[ends] - before[ends - encoded.lengths]
     return counts
-
-
-def _sync(path: Path) -> None:
-    """Force a file or a directory to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(directory: Path) -> Manifest:

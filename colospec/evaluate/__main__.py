@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from colospec import durable
 from colospec.checkpoint.export import load_draft
 from colospec.config import Dtype
 from colospec.data.encode import load_tokenizer
@@ -118,9 +119,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _write(report: dict[str, Any], file: Path | None) -> None:
     """Keep what is measured so far: what follows takes minutes, and may fail."""
     if file is not None:
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=2, default=str) + "\n")
-        temporary.replace(file)
+        durable.write(file, json.dumps(report, indent=2, default=str) + "\n")
 
 
 def _names(paths: list[Path]) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colospec import durable
 from colospec.batch import FeatureSpec
 from colospec.checkpoint.export import load_draft
 from colospec.config import EngineConfig, Weights
@@ -106,7 +107,7 @@ def report_run(
 
 def _write(run_dir: Path, comparison: Comparison) -> RunReport:
     report = run_dir / "report.json"
-    report.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+    durable.write(report, json.dumps(comparison.to_dict(), indent=2) + "\n")
     metrics = run_dir / "metrics.jsonl"
     if not metrics.is_file():
         return RunReport(comparison, report, None)

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from colospec import durable
 from colospec.mps.errors import DaemonDied, MpsError
 
 ROOT = Path("/tmp")
@@ -100,9 +101,7 @@ def live(root: Path) -> dict[Path, Record]:
 
 def write_record(path: Path, record: Record) -> None:
     """Publish `record` in a keeper's directory, whole or not at all."""
-    half = path / f"{_RECORD}.tmp"
-    half.write_text(json.dumps(asdict(record)))
-    half.rename(path / _RECORD)
+    durable.write(path / _RECORD, json.dumps(asdict(record)))
 
 
 def _ours(root: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from colospec import durable
 from colospec.config import RunConfig
 
 _PACKAGES = ("colospec", "torch", "transformers", "safetensors", "hydra-core", "sglang", "numpy")
@@ -34,7 +35,7 @@ def write_provenance(run: RunConfig, run_dir: Path, *, world_size: int, plan: st
         "machine": {"cpu": platform.processor() or platform.machine(), "gpus": gpus},
         "config": plain(run),
     }
-    (run_dir / "run.json").write_text(json.dumps(facts, indent=2) + "\n")
+    durable.write(run_dir / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def plain(value: Any) -> Any:

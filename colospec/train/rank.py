@@ -13,8 +13,8 @@ import torch
 
 from colospec import log as logs
 from colospec.batch import FeatureSource
-from colospec.checkpoint.durable import clear
 from colospec.config import Mode, RingPayload, RunConfig
+from colospec.durable import clear
 from colospec.mps.client import bootstrap
 from colospec.mps.products import check_products, model_shapes
 from colospec.ring.channel import Reader, Writer

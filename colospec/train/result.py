@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from colospec import durable
 from colospec.checkpoint.rotate import is_higher_better
 
 
@@ -27,6 +28,4 @@ def write_result(run_dir: Path, name: str, metrics: Mapping[str, float], *, step
         "steps": steps,
         "metrics": dict(metrics),
     }
-    temporary = run_dir / "result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.rename(run_dir / "result.json")
+    durable.write(run_dir / "result.json", json.dumps(result, indent=2) + "\n")

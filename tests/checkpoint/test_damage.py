@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from colospec.checkpoint import dcp, durable
+from colospec import durable
+from colospec.checkpoint import dcp
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.manifest import Manifest, latest
 from tests.checkpoint.training import Run, assert_same

@@ -1,7 +1,7 @@
-"""Put a finished directory in place so that a crash leaves the old one or the new one, never half.
+"""Put a finished file or directory in place: a crash leaves the old one or the new one, never half.
 
-Write everything into a sibling whose name ends in `.tmp`, then `publish` it. What a killed process
-leaves behind ends in `.tmp` too; `clear` removes it.
+A directory is filled as a sibling whose name ends in `.tmp`, and then `publish` gives it its name.
+What a killed process leaves behind ends in `.tmp` too; `clear` removes it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ TEMPORARY = ".tmp"
 OLD = f".old{TEMPORARY}"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def write(file: Path, text: str) -> None:
+    """Give `file` this content, whole or not at all, on disk when this returns. Raises OSError."""
+    temporary = file.with_name(file.name + TEMPORARY)
+    try:
+        temporary.write_text(text)
+        sync(temporary)
+        temporary.rename(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
 
 
 def publish(temporary: Path, final: Path) -> None:
