@@ -40,7 +40,7 @@ from colospec.evaluate.prompts import read_prompts
 from colospec.log import console, to_console
 
 BIGRAM_ROWS = 8192
-SERVED_S = 140.0
+SERVED_S = 170.0
 LAST_SHARE = 0.1
 TEMPERATURE = 0.7
 

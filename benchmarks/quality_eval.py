@@ -149,8 +149,10 @@ def through_sglang(
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, check=False,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        lines = [f"no answer within {limit_s:.0f} s"]
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"").decode(errors="replace").strip()  # bytes here, even for text
+        lines = [*said.splitlines(), f"no answer within {limit_s:.0f} s"]
+        print(*lines[-15:], sep="\n")
     else:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
         if done.returncode:

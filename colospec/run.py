@@ -92,16 +92,31 @@ def start(cfg: DictConfig) -> float | None:
             dry_run.show(run, topology)
         return None
     if under_torchrun():
-        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 and run.run_dir is None:
-            raise ValueError(
-                "with --max-restarts a restarted job must find its run directory; add run_dir=PATH"
-            )
+        check_restarts(run)
         from colospec.train.rank import run_rank
 
-        run_rank(run, topology, Path(run_dir))
+        if code := run_rank(run, topology, Path(run_dir)):
+            sys.exit(code)
         return None
     overrides = [o for o in hydra_config.overrides.task if not o.lstrip("+").startswith("sweep=")]
     return launch.launch(run, overrides, Path(run_dir))
+
+
+def check_restarts(run: RunConfig) -> None:
+    """Raise ValueError where torchrun's restarts cannot work."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts == 0:
+        return
+    if os.environ["WORLD_SIZE"] != os.environ["LOCAL_WORLD_SIZE"]:
+        # Every agent counts the restarts of its own node, and the ranks would not find each other.
+        raise ValueError(
+            f"--max-restarts={restarts} works on one node; on several leave it out, and start the "
+            "same command again"
+        )
+    if run.run_dir is None:
+        raise ValueError(
+            "with --max-restarts a restarted job must find its run directory; add run_dir=PATH"
+        )
 
 
 def task(cfg: DictConfig) -> float | None:

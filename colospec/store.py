@@ -19,6 +19,11 @@ ERROR_KEY = "error/first"
 STOP_KEY = "stop"
 
 
+def stop_key(node: int) -> str:
+    """Return the key that says that a rank of `node` was asked to stop; set before STOP_KEY."""
+    return f"{STOP_KEY}/{node}"
+
+
 class JobStore:
     """A view of torchrun's store. One thread each: a blocked client blocks all its users."""
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from colospec.log import dump_stacks
 from colospec.signals import StopSignals
-from colospec.store import ERROR_KEY, STOP_KEY, JobStore
+from colospec.store import ERROR_KEY, STOP_KEY, JobStore, stop_key
 from colospec.topology import Place
 
 PERIOD_S = 0.1
@@ -42,10 +42,12 @@ class JobError(RuntimeError):
 class End:
     """Why the job ends before its plan does. The first end of any rank stands for the job.
 
-    `is_stop`: somebody asked for it, and no work was begun; no failure that torchrun should mend.
+    `is_stop`: somebody asked `node` for it, and no work was begun; no failure that the torchrun of
+    that node should mend.
     """
 
     rank: int
+    node: int
     cause: str
     is_stop: bool = False
 
@@ -105,7 +107,7 @@ class Watchdog:
 
         Only the rank whose end is the first says so on the console.
         """
-        own = End(self._place.rank, cause, is_stop)
+        own = End(self._place.rank, self._place.node, cause, is_stop)
         kept = self._store.set_first(ERROR_KEY, json.dumps(asdict(own)).encode())
         first = End(**json.loads(kept))
         if first == own:
@@ -147,17 +149,20 @@ class Watchdog:
         """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
         rank's death must not pass for a wish to stop. All ranks learn of it.
 
-        Before the first step there is nothing to finish or to save, and the job just ends. So it
-        does where a rank has failed before it joined: torchrun's SIGTERM is all that says so.
+        Before the first step there is nothing to finish or to save, and the rank that got the
+        signal just ends the job. So it does where a rank has failed before it joined: torchrun's
+        SIGTERM is all that says so.
         """
         signal = self._signals.seen()
+        is_starting = self._phase in STARTING
         if signal is not None:
+            self._store.set(stop_key(self._place.node), b"1")
             self._store.set(STOP_KEY, b"1")
-        if self._store.peek(STOP_KEY) is None:
+        elif is_starting or self._store.peek(STOP_KEY) is None:
             return
         self.stop_requested.set()
         cause = signal or "a signal to another rank"
-        if self._phase in STARTING:
+        if is_starting:
             absent = sorted(self._local.keys() - self._pids.keys())
             text = (
                 f"{self._place}: {cause} in phase {self._phase}: the job ends before its first "
@@ -203,7 +208,7 @@ class Watchdog:
         """End this process where the others cannot be told."""
         with contextlib.suppress(Exception):
             log.error("ended by: %s", cause)
-        self.abort(End(self._place.rank, cause))
+        self.abort(End(self._place.rank, self._place.node, cause))
 
     def abort(self, end: End) -> NoReturn:
         """End this process at once, from either thread: the other may be blocked for ever.
@@ -213,7 +218,8 @@ class Watchdog:
         self._abort_lock.acquire()  # never released: the second caller only waits for the end
         with contextlib.suppress(Exception):
             log.debug("ended by: %s", end.cause)
-        if not end.is_stop:
+        is_wish = end.is_stop and end.node == self._place.node
+        if not is_wish:
             with contextlib.suppress(Exception):
                 dump_stacks()
             record_for_torchrun(end.cause)
@@ -221,7 +227,7 @@ class Watchdog:
             self.before_abort()  # last: other threads still run, and could begin anew
         with contextlib.suppress(Exception):
             sys.stderr.flush()
-        os._exit(0 if end.is_stop else 1)
+        os._exit(0 if is_wish else 1)
 
 
 def record_for_torchrun(root_cause: str) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from colospec.config import LimitConfig
-from colospec.store import JobStore
+from colospec.store import JobStore, stop_key
 from colospec.topology import Place, Topology
 from colospec.watchdog import End, Watchdog
 
@@ -41,6 +41,12 @@ class World:
     def stop_requested(self) -> bool:
         """True once any rank got SIGTERM or SIGINT."""
         return self.watchdog.stop_requested.is_set()
+
+    @property
+    def is_stop_foreign(self) -> bool:
+        """True if only ranks of other nodes were asked to stop."""
+        asked_here = self.store.peek(stop_key(self.place.node)) is not None
+        return self.stop_requested and not asked_here
 
     def phase(self, name: str, limit_s: float) -> None:
         """Begin a phase of the run, for messages and for the watchdog's limit."""
@@ -114,6 +120,6 @@ def _leave(world: World, error: str) -> NoReturn:
         world.watchdog.look()
         first = world.watchdog.record(error)
     except Exception:
-        first = End(world.place.rank, error)
+        first = End(world.place.rank, world.place.node, error)
         log.error("%s", error)
     world.watchdog.abort(first)

@@ -50,3 +50,4 @@ def test_kubernetes_job_shares_what_ranks_need():
     words = " ".join(container["command"])
     assert f"--nproc-per-node={2 * limits['nvidia.com/gpu']}" in words
     assert f"--nnodes={job['spec']['completions']}" in words
+    assert "--max-restarts" not in words, "refused on several nodes"

@@ -120,6 +120,50 @@ def test_a_stop_before_the_first_step_is_no_failure_that_torchrun_would_mend():
     assert "before its first step, with nothing to save" in rest
 
 
+def two_nodes(*actions):
+    port = free_port()
+    return [command(2, RANK, *actions, node=n, num_nodes=2, port=port) for n in (0, 1)]
+
+
+def pid_of(output, word, rank):
+    return int(re.search(rf"{word} {rank} pid (\d+)", output)[1])
+
+
+def test_a_stop_of_one_node_before_the_first_step_is_a_failure_to_the_other():
+    """Its scheduler must start it again: the node that was asked may come back."""
+    first, second = two_nodes("1:late=60")
+    with started(second) as asked, started(first) as other:
+        output = "".join(read_until(asked, r"began \d", 60) for _ in range(2))
+        read_until(other, r"began 0", 60)
+        os.kill(pid_of(output, "began", 2), signal.SIGTERM)
+        asked_output, _ = asked.communicate(timeout=60)
+        other_output, _ = other.communicate(timeout=60)
+    assert asked.returncode == 0, asked_output
+    assert other.returncode != 0, other_output
+    assert re.search(r"rank 2 .*SIGTERM in phase start", other_output), other_output
+
+
+def test_a_rank_that_fails_before_it_joins_is_a_failure_on_every_node():
+    first, second = two_nodes("1:absent")
+    with started(second) as other:
+        code, output, _ = run(first, 90)
+        rest, _ = other.communicate(timeout=60)
+    assert code != 0, output
+    assert "failed while it imported" in output
+    assert other.returncode != 0, rest
+
+
+def test_every_rank_knows_whether_its_own_node_was_asked_to_stop():
+    first, second = two_nodes()
+    with started(second) as asked, started(first) as other:
+        output = "".join(read_until(asked, r"joined \d", 60) for _ in range(2))
+        os.kill(pid_of(output, "joined", 3), signal.SIGTERM)
+        asked_output, _ = asked.communicate(timeout=60)
+        other_output, _ = other.communicate(timeout=60)
+    assert re.findall(r"foreign (\w+)", asked_output) == ["False"] * 2, asked_output
+    assert re.findall(r"foreign (\w+)", other_output) == ["True"] * 2, other_output
+
+
 def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,13 @@ def main(arguments: list[str] | None = None) -> None:
     to_console()
     try:
         _evaluate(options)
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         sys.exit(f"error: {error}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if options.json and not options.json.parent.is_dir():
-        raise ValueError(
-            f"--json {options.json}: there is no directory {options.json.parent}; "
-            f"mkdir -p {options.json.parent}"
-        )
+    if options.json:
+        _check_output(options.json)
     directories = _names(options.draft)
     device = torch.device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
@@ -116,10 +114,23 @@ def _evaluate(options: argparse.Namespace) -> None:
         console.print(f"wrote {options.json}")
 
 
+def _check_output(file: Path) -> None:
+    """Raise ValueError, before minutes are spent, where the report could not be written."""
+    if not file.parent.is_dir():
+        raise ValueError(
+            f"--json {file}: there is no directory {file.parent}; mkdir -p {file.parent}"
+        )
+    if file.exists() and not file.is_file():
+        raise ValueError(f"--json {file} is no regular file; the table is printed without --json")
+    directory = file.resolve().parent
+    if not os.access(directory, os.W_OK):
+        raise ValueError(f"--json {file}: you may not write in {directory}; choose another file")
+
+
 def _write(report: dict[str, Any], file: Path | None) -> None:
     """Keep what is measured so far: what follows takes minutes, and may fail."""
     if file is not None:
-        durable.write(file, json.dumps(report, indent=2, default=str) + "\n")
+        durable.write(file.resolve(), json.dumps(report, indent=2, default=str) + "\n")
 
 
 def _names(paths: list[Path]) -> dict[str, Path]:

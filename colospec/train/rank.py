@@ -31,8 +31,12 @@ from colospec.world import World, open_world
 log = logging.getLogger(__name__)
 
 
-def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
-    """Join the job and play this rank's role until the run ends."""
+def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> int:
+    """Join the job and play this rank's role until the run ends; return the exit code.
+
+    A stop that only another node was asked for is no end of this one's work: its first rank, a
+    trainer, then returns 75 (EX_TEMPFAIL), and whoever keeps the nodes running starts it again.
+    """
     with open_world(topology, run.limit) as world:
         directory = Path(world.from_rank0("run_dir", str(run_dir.resolve())))
         check_shared(directory, world)
@@ -54,8 +58,8 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> None:
         world.join_role()
         if world.place.role is Role.ENGINE:
             _be_engine(job, world)
-        else:
-            _be_trainer(job, world, directory)
+            return os.EX_OK
+        return _be_trainer(job, world, directory)
 
 
 def enter_gpu(run: RunConfig, world: World) -> None:
@@ -184,7 +188,7 @@ def _be_engine(job: Job, world: World) -> None:
     engine.close()
 
 
-def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
+def _be_trainer(job: Job, world: World, run_dir: Path) -> int:
     run = job.run
     trainer = Trainer(job, world, run_dir)
     start = trainer.resume()
@@ -214,7 +218,16 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> None:
         )
         target = RingTarget(world, source, job.spec)
     world.phase("train", 2 * world.limit.step_s)
-    trainer.finish(trainer.train(source, target))
+    finished = trainer.train(source, target)
+    must_go_on = not finished and world.is_stop_foreign and world.place.local_rank == 0
+    trainer.finish(finished)
+    if not must_go_on:
+        return os.EX_OK
+    log.warning(
+        "only another node was asked to stop: node %d ends with code %d, to be started again",
+        world.place.node, os.EX_TEMPFAIL,
+    )  # fmt: skip
+    return os.EX_TEMPFAIL
 
 
 def _announce(run: RunConfig, topology: Topology, run_dir: Path, world: World) -> None:

@@ -226,6 +226,7 @@ def test_a_draft_that_is_given_twice_is_refused() -> None:
         ("--batch-sizes", "8,0", "8,0 must be numbers from 1, like 1,8,32"),
         ("--dtype", "half", "choose from auto, float32"),
         ("--json", "nowhere/out.json", "no directory nowhere; mkdir -p nowhere"),
+        ("--json", "/dev/null", "/dev/null is no regular file"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_measured(

@@ -1,7 +1,7 @@
 """A rank that joins the job and then behaves as told: `world_rank.py RANK:ACTION ...`.
 
-Actions: late=S, raise, kill, stop, hang (in C, deaf to signals), collective (all-reduce in the
-role's world). Other ranks wait in a receive that never comes, or end at once with `--finish`.
+Actions: late=S, absent (fail before joining), raise, differ, kill, stop, hang (in C, deaf to signals).
+Other ranks wait in a receive that never comes, or end at once with `--finish`.
 """
 
 import ctypes
@@ -32,6 +32,9 @@ def main():
     log.to_console()
     if action.startswith("late="):
         time.sleep(float(action.removeprefix("late=")))
+    if action == "absent":
+        time.sleep(3)
+        sys.exit("failed while it imported")
     limit = LimitConfig(start_s=40, load_s=40, step_s=4)
     with open_world(topology, limit) as world:
         sys.stderr.write(f"began {rank} pid {os.getpid()}\n")
@@ -57,6 +60,7 @@ def main():
                 world.store.set("alive", b"1")
                 ctypes.CDLL(None).usleep(30_000_000 if "--blocked" in sys.argv else 50_000)
             sys.stderr.write(f"rank {rank} saw the request to stop\n")
+            sys.stderr.write(f"rank {rank}: foreign {world.is_stop_foreign}\n")
 
 
 if __name__ == "__main__":
