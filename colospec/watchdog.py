@@ -131,13 +131,15 @@ class Watchdog:
     def _look(self) -> None:
         if os.getppid() != self._parent:
             self._lost(f"torchrun (pid {self._parent}) has died")
+        # First of all: the death after which torchrun sends its SIGTERM is then seen below.
+        signal = self._signals.seen()
         self._find_local_ranks()
         for rank in self._dead_ranks():
             self._report_death(rank)
         if (first := self._store.peek(ERROR_KEY)) is not None:
             self.abort(End(**json.loads(first)))
         if not self.stop_requested.is_set():
-            self._look_for_stop()
+            self._look_for_stop(signal)
         age = time.monotonic() - self._since
         if age > self._limit_s:
             self.record(
@@ -145,7 +147,7 @@ class Watchdog:
                 f"(limit {self._limit_s:g} s, see limit.* settings)"
             )
 
-    def _look_for_stop(self) -> None:
+    def _look_for_stop(self, signal: str | None) -> None:
         """Honour a request to stop, after a look that found no error: torchrun's SIGTERM after a
         rank's death must not pass for a wish to stop. All ranks learn of it.
 
@@ -153,7 +155,6 @@ class Watchdog:
         signal just ends the job. So it does where a rank has failed before it joined: torchrun's
         SIGTERM is all that says so.
         """
-        signal = self._signals.seen()
         is_starting = self._phase in STARTING
         if signal is not None:
             self._store.set(stop_key(self._place.node), b"1")

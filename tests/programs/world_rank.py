@@ -1,6 +1,6 @@
 """A rank that joins the job and then behaves as told: `world_rank.py RANK:ACTION ...`.
 
-Actions: late=S, absent (fail before joining), raise, differ, kill, stop, hang (in C, deaf to signals).
+Actions: late=S, absent (fail before joining), raise, differ, kill, stop, hang (in C).
 Other ranks wait in a receive that never comes, or end at once with `--finish`.
 """
 
