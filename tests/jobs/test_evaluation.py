@@ -137,9 +137,9 @@ def test_a_run_killed_between_evaluations_goes_on_as_if_it_had_not_been(whole, w
 def test_sigterm_ends_a_long_evaluation_and_the_next_run_makes_it(words, tmp_path):
     """Whoever stops a job may kill it a few seconds later. Here it is stopped while two trainers
     evaluate, and, when it goes on, in the probe that follows its last step."""
-    many = tiny.write_data(tmp_path / "many.jsonl", num_rows=900, seed=1)
+    many = tiny.write_data(tmp_path / "many.jsonl", num_rows=300, seed=1)
     own = [*words, "trainer.accumulation=1", f"data.held_out_path={many}",
-           "data.held_out_samples=700",
+           "data.held_out_samples=240",
            "trainer.eval_interval=8", "trainer.probe_interval=14", "trainer.probe_prompts=4",
            "trainer.probe_tokens=60", "trainer.save_interval=7"]  # fmt: skip
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"

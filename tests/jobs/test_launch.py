@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from colospec import demo
 from colospec.run import PATIENCE_S
 from tests.jobs.start import job, losses
 from tests.torchrun import ENV, command, free_port, pids_of, read_until, run, started
@@ -25,7 +26,11 @@ def torchrun_on_path():
     return {**ENV, "PATH": f"{directory}:{os.environ['PATH']}"}
 
 
-def test_the_bare_command_works_on_any_machine(torchrun_on_path, tmp_path):
+@pytest.mark.parametrize("is_fresh", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_bare_command_works_on_any_machine(torchrun_on_path, tmp_path, is_fresh):
+    """On a fresh one it trains the demo's target first."""
+    if not is_fresh:
+        demo.ensure_target(tmp_path / "cache" / "colospec", num_steps=2)
     assert shutil.which("torchrun", path=torchrun_on_path["PATH"])
     words = "torchrun --nproc-per-node 8 -m colospec.run +mode=colocate trainer.max_steps=1"
     # Built here, beside other tests, the demo target is not one that the user should keep.
