@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from colospec import config, launch, log
 from colospec.config import RunConfig
@@ -51,9 +53,7 @@ def is_first_of_node() -> bool:
 
 
 def run_directory(chosen: str | None) -> str:
-    """Return Hydra's output directory: `run_dir`, or a new one; only rank 0 makes any."""
-    if not is_rank0():
-        return "."
+    """Return the directory of a job, or of a sweep's jobs: `run_dir`, or a new one."""
     return chosen or STARTED
 
 
@@ -84,7 +84,8 @@ def start(cfg: DictConfig) -> float | None:
     run = config.load(cfg)
     topology = topology_of(run)
     hydra_config = HydraConfig.get()
-    run_dir = hydra_config.runtime.output_dir
+    is_sweep = hydra_config.mode is hydra.types.RunMode.MULTIRUN
+    run_dir = hydra_config.runtime.output_dir if is_sweep else run_directory(run.run_dir)
     if run.dry_run:
         if is_rank0():
             from colospec import dry_run
@@ -171,14 +172,20 @@ def run_task() -> None:
             # One rank speaks for its node while the settings are composed.
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     OmegaConf.register_new_resolver("run_directory", run_directory)
-    OmegaConf.register_new_resolver("on_rank0", lambda ours, other: ours if is_rank0() else other)
     OmegaConf.register_new_resolver("drafts", lambda: ", ".join(catalog.choices()))
     config.register()
     catalog.register()
     decorate = hydra.main(
         version_base="1.3", config_path=str(config.CONF_DIR), config_name="config"
     )
-    decorate(task)()
+    # Hydra then leaves its errors to us.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        decorate(task)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if is_first_of_node():
+            log.console.print(f"error: {config.explain(error)}", style="bold red", markup=False)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ def hydra_app():
     config.register()
     catalog.register()
     OmegaConf.register_new_resolver("run_directory", lambda _: "outputs/test", replace=True)
-    OmegaConf.register_new_resolver("on_rank0", lambda ours, _: ours, replace=True)
     with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
         yield
 
@@ -154,10 +153,16 @@ def run_module(*words, env=None):
     ("words", "says"),
     [
         ([], "+mode=colocate"),
-        (["+mode=colocat"], "colocate"),
+        (["+mode=colocat"], "mode=colocat does not exist; choose from alternate, colocate"),
         (["mode=colocate"], "+mode=colocate"),
-        (["+mode=colocate", "trainer.lrr=1"], "Key 'lrr' not in 'TrainerConfig'"),
-        (["+mode=colocate", "trainer.lr=fast"], "could not be converted to Float"),
+        (["+mode=colocate", "trainer.lrr=1"], "no setting trainer.lrr; did you mean trainer.lr"),
+        (["+mode=colocate", "+trainer.lrr=1"], "no setting trainer.lrr; did you mean trainer.lr"),
+        (["+mode=colocate", "trainr.lr=1"], "no setting trainr; did you mean trainer?"),
+        (["+mode=colocate", "+foo=1"], "there is no setting foo; there are data, draft, "),
+        (["+mode=colocate", "++draft.ttt_len=1"], "did you mean draft.ttt_length?"),
+        (["+mode=colocate", "draft=eagle4"], "draft=eagle4 does not exist; choose from dflash, d"),
+        (["+mode=colocate", "trainer.lr=[1"], "trainer.lr=[1 is no setting=value"),
+        (["+mode=colocate", "trainer.lr=fast"], "trainer.lr: Value 'fast' of type 'str' could not"),
         (["+mode=colocate", "trainer.schedule=step"], "[cosine, linear, constant, wsd]"),
         (["+mode=colocate", "+mode=alternate"], "Multiple values for mode"),
         (["+mode=colocate", "draft.algorithm=???"], "draft.algorithm has no value"),

@@ -260,7 +260,10 @@ def _choose(directory: Path, resume: str) -> Found | None:
         try:
             return open_checkpoint(Path(resume))
         except DamagedError as error:
-            raise ValueError(f"resume={resume} is not a whole checkpoint: {error}") from error
+            raise ValueError(
+                f"resume={resume} is not a whole checkpoint: {error}; set resume to auto, never or "
+                "the path of one"
+            ) from error
     found = latest(directory, contents=resume == "auto")
     if found is not None and resume == "never":
         raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import colospec
+from colospec.checkpoint.manifest import MANIFEST
 from colospec.config import DraftConfig
 from colospec.draft import registry
 from colospec.draft.public import MAPPING, SPECULATORS_KEY, PublicFormat
@@ -139,6 +140,8 @@ def read_format(directory: Path) -> tuple[dict[str, Any], PublicFormat]:
     Raises ValueError if no draft algorithm knows it.
     """
     file = directory / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{directory} is no exported draft: no {CONFIG} in it{_advice(directory)}")
     try:
         contents = json.loads(file.read_text())
         architectures, kind = contents.get("architectures"), contents.get(SPECULATORS_KEY)
@@ -150,3 +153,15 @@ def read_format(directory: Path) -> tuple[dict[str, Any], PublicFormat]:
         found = f"architectures={architectures}" + (f", {SPECULATORS_KEY}={kind}" if kind else "")
         raise ValueError(f"{file} has {found}, expected one of {known}")
     return contents, form
+
+
+def _advice(directory: Path) -> str:
+    """Return what to type where `directory` is something else that a run has made."""
+    if (directory / MANIFEST).is_file():
+        return (
+            "; it is a checkpoint: export it with `python -m colospec.checkpoint.export "
+            f"{directory} out_dir`, and give out_dir"
+        )
+    if (directory / "export" / CONFIG).is_file():
+        return f"; it is a run directory: give {directory / 'export'}"
+    return ""

@@ -14,6 +14,7 @@ from colospec.config.export import ExportConfig, ExportFormat
 from colospec.config.launch import LaunchConfig
 from colospec.config.limit import LimitConfig
 from colospec.config.memory import MemoryConfig
+from colospec.config.mistakes import explain
 from colospec.config.mps import MpsConfig, MpsUse
 from colospec.config.ranges import check_numbers
 from colospec.config.ring import RingConfig, RingLease, RingPayload
@@ -52,6 +53,7 @@ __all__ = [
     "Weights",
     "check",
     "check_numbers",
+    "explain",
     "load",
     "modes",
     "register",

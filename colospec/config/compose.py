@@ -7,6 +7,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from colospec.config.mistakes import refuse_unknown
 from colospec.config.run import RunConfig, check
 
 _PACKAGE = Path(__file__).parent.parent
@@ -29,14 +30,15 @@ def modes() -> list[str]:
 def load(cfg: DictConfig) -> RunConfig:
     """Turn the composed config into a checked RunConfig.
 
-    Raises ValueError naming the setting and the fix for a missing mode or values that cannot work
-    together.
+    Raises ValueError naming the setting and the fix: no mode, an unknown setting, or values that
+    cannot work together.
     """
     if OmegaConf.is_missing(cfg, "mode"):
         choices = " or ".join(f"+mode={name}" for name in modes())
         raise ValueError(f"no mode chosen; add {choices}")
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise ValueError(f"{missing[0]} has no value; add {missing[0]}=...")
+    refuse_unknown(cfg)
     run = OmegaConf.to_object(cfg)
     assert isinstance(run, RunConfig)
     check(run)

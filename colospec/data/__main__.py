@@ -22,6 +22,7 @@ def main() -> int:
     log.to_console()
     config = config_from(arguments)
     try:
+        config.check()
         dataset = prepare(
             config,
             tokenizer_path=arguments.tokenizer,

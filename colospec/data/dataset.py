@@ -34,7 +34,7 @@ REMEDIES = {
     "with {% generation %}",
     Reason.outside_vocabulary: "this tokenizer is not the target's: correct target.path",
     Reason.too_long: "raise data.max_length (and data.token_budget)",
-    Reason.nothing_supervised: "lower data.min_loss_tokens",
+    Reason.nothing_supervised: "give rows with longer answers, or lower data.min_loss_tokens",
 }
 NUM_EXAMPLES = 3
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -168,13 +168,16 @@ def _check_filtered(dataset: Dataset, config: DataConfig) -> None:
     """Raise ValueError if nothing is left, or more was left out than the config allows."""
     filtered = sum(dataset.num_filtered.values())
     rows = len(dataset) + filtered
+    list_file = dataset.directory / "filtered.jsonl"
     if rows == 0:
         raise ValueError(f"data.path={config.path} has no rows")
     if len(dataset) and filtered <= config.max_filtered_fraction * rows:
         if filtered:
-            log.info("left out %d of %d rows: %s", filtered, rows, describe(dataset.num_filtered))
+            log.info(
+                "left out %d of %d rows: %s; listed in %s",
+                filtered, rows, describe(dataset.num_filtered), list_file,
+            )  # fmt: skip
         return
-    list_file = dataset.directory / "filtered.jsonl"
     with list_file.open() as stream:
         examples = [json.loads(line) for line in islice(stream, NUM_EXAMPLES)]
     shown = [

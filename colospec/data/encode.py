@@ -170,6 +170,11 @@ def load_tokenizer(path: Path) -> Any:
             f"cannot load a tokenizer from {path}: {error}; "
             "the directory needs the tokenizer.json and tokenizer_config.json of the target"
         ) from error
+    if len(tokenizer) < 2:  # made by transformers for a directory without any
+        raise ValueError(
+            f"there is no tokenizer in {path}; put the tokenizer.json and tokenizer_config.json of "
+            "the target there"
+        )
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer in {path} has no fast version, which exact loss masks need; "

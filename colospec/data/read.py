@@ -59,22 +59,22 @@ def _parsed_or_rejected(line: bytes) -> Any:
         return rejected
 
 
-def find_files(path: Path) -> list[Path]:
-    """Return the data files that `path` stands for, in order.
+def find_files(path: Path, *, setting: str = "data.path") -> list[Path]:
+    """Return the data files that `path`, the value of `setting`, stands for, in order.
 
     Raises ValueError for a missing path, an unknown kind of file, or a directory without data.
     """
     if path.is_file():
         if path.suffix not in READERS:
             raise ValueError(
-                f"data.path={path} has the unknown extension {path.suffix!r}; "
-                f"set data.path to {_kinds()}"
+                f"{setting}={path} has the unknown extension {path.suffix!r}; "
+                f"set {setting} to {_kinds()}"
             )
         return [path]
     if not path.is_dir():
-        raise ValueError(f"data.path={path} does not exist; set data.path to {_kinds()}")
+        raise ValueError(f"{setting}={path} does not exist; set {setting} to {_kinds()}")
     if (path / "dataset_dict.json").is_file():
-        path = path / _choose_split(path)
+        path = path / _choose_split(path, setting)
     if (path / "state.json").is_file():
         state = json.loads((path / "state.json").read_text())
         return [path / file["filename"] for file in state["_data_files"]]
@@ -82,7 +82,7 @@ def find_files(path: Path) -> list[Path]:
         file for file in path.iterdir() if file.suffix in READERS and file.name not in NOT_DATA
     )
     if not files:
-        raise ValueError(f"data.path={path} holds no data; set data.path to {_kinds()}")
+        raise ValueError(f"{setting}={path} holds no data; set {setting} to {_kinds()}")
     return files
 
 
@@ -106,15 +106,15 @@ def _kinds() -> str:
     )
 
 
-def _choose_split(path: Path) -> str:
+def _choose_split(path: Path, setting: str) -> str:
     splits: list[str] = json.loads((path / "dataset_dict.json").read_text())["splits"]
     if "train" in splits:
         return "train"
     if len(splits) == 1:
         return splits[0]
     raise ValueError(
-        f"data.path={path} has the splits {', '.join(splits)} and no train; "
-        f"choose one, for example data.path={path / splits[0]}"
+        f"{setting}={path} has the splits {', '.join(splits)} and no train; "
+        f"choose one, for example {setting}={path / splits[0]}"
     )
 
 

@@ -58,7 +58,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that ends with an assistant message.
+    """A conversation that ends with an assistant message, or, of a prompt, before one.
 
     `last_turn_only` is the row's own flag, None where it has none.
     """
@@ -76,11 +76,12 @@ def parse_json(line: bytes | str) -> Any:
         raise Rejected(Reason.bad_json, str(error)) from None
 
 
-def parse_row(row: Any) -> Text | Chat:
+def parse_row(row: Any, *, is_prompt: bool = False) -> Text | Chat:
     """Recognise a row by its fields; raises Rejected.
 
     Messages after the last assistant message are cut off: nothing in them is supervised, and no
-    supervised token can see them.
+    supervised token can see them. Of a prompt, the last assistant message is cut off instead where
+    it is the last of all, and none is needed.
     """
     if not isinstance(row, dict):
         raise Rejected(Reason.bad_row, f"an object is needed, not {_show(row)}")
@@ -96,7 +97,8 @@ def parse_row(row: Any) -> Text | Chat:
     if flag is not None and not isinstance(flag, bool):
         raise Rejected(Reason.bad_row, f"last_turn_only must be true or false, not {_show(flag)}")
     messages = [_message(turn) for turn in _turns(row[field])]
-    return Chat(_check_roles(messages), _tools(row.get("tools")), flag)
+    kept = _unanswered(messages) if is_prompt else _check_roles(messages)
+    return Chat(kept, _tools(row.get("tools")), flag)
 
 
 def drop_nulls(value: Any) -> Any:
@@ -151,6 +153,14 @@ def _text(content: Any) -> str:
             raise Rejected(Reason.bad_row, f"content must be text, not {_show(content)}")
         texts.append(text)
     return "".join(texts)
+
+
+def _unanswered(messages: list[Message]) -> list[Message]:
+    """Return the messages that wait for an answer."""
+    kept = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if not kept:
+        raise Rejected(Reason.wrong_roles, "no message before the assistant's")
+    return kept
 
 
 def _check_roles(messages: list[Message]) -> list[Message]:

@@ -51,6 +51,15 @@ class Rendered:
     blocks: list[Span] | None
 
 
+def no_template(tokenizer: Any) -> ValueError:
+    """Return the error of a tokenizer without a chat template, where the data has chats."""
+    return ValueError(
+        f"the tokenizer in {tokenizer.name_or_path} has no chat template, but the data has "
+        "chats: put the chat_template.jinja of the target's instruct version there, or "
+        "give rows with text"
+    )
+
+
 class ChatTemplate:
     """The chat template of a fast Hugging Face tokenizer.
 
@@ -61,11 +70,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, *, last_turn_only: bool | None) -> None:
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"the tokenizer in {tokenizer.name_or_path} has no chat template, but the data has "
-                "chats: put the chat_template.jinja of the target's instruct version there, or "
-                "give rows with text"
-            )
+            raise no_template(tokenizer)
         self._tokenizer = tokenizer
         self._last_turn_only = last_turn_only
         self._special_tokens = tokenizer.special_tokens_map

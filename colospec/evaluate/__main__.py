@@ -50,7 +50,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.json:
         _check_output(options.json)
     directories = _names(options.draft)
-    device = torch.device(options.device)
+    device = _device(options.device)
     target = Target.load(options.target, dtype=options.dtype)
     if options.through == "sglang":
         check_machine(target, device)
@@ -112,6 +112,17 @@ def _evaluate(options: argparse.Namespace) -> None:
             _write(report, options.json)
     if options.json:
         console.print(f"wrote {options.json}")
+
+
+def _device(name: str) -> torch.device:
+    """Raise ValueError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here: {reason}; --device cpu") from error
+    return device
 
 
 def _check_output(file: Path) -> None:

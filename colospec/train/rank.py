@@ -131,7 +131,12 @@ def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> No
     may take `patience_s` seconds to show it)."""
     mark = run_dir / ".job"
     if world.place.rank == 0:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RuntimeError(
+                f"run_dir={run_dir} cannot be made: {error.strerror}; choose another run_dir"
+            ) from error
         token = uuid.uuid4().hex
         _claim(run_dir)
         mark.write_text(token)

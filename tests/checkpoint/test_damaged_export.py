@@ -97,3 +97,18 @@ def test_a_garbled_config_is_an_error_that_names_it(target, tmp_path, text, comp
     (tmp_path / "out" / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"out/config.json .*{complaint}"):
         load_draft(tmp_path / "out", target)
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ("manifest.json", r"is a checkpoint: .*checkpoint\.export .* out_dir`, and give out_dir"),
+        ("export/config.json", "is a run directory: give .*export"),
+        ("notes.txt", r"no config\.json in it$"),
+    ],
+)
+def test_another_directory_of_a_run_is_recognised(target, tmp_path, made, says):
+    (tmp_path / made).parent.mkdir(exist_ok=True)
+    (tmp_path / made).write_text("{}")
+    with pytest.raises(ValueError, match=rf"is no exported draft: .*{says}"):
+        load_draft(tmp_path, target)

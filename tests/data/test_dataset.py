@@ -12,6 +12,7 @@ from colospec.batch import Cursor, TokenBatch
 from colospec.config import DataConfig
 from colospec.data import dataset as dataset_module
 from colospec.data.dataset import Dataset, prepare
+from colospec.data.encode import load_tokenizer
 from tests.data import rows
 
 VOCAB_SIZE = 400
@@ -275,3 +276,14 @@ def test_a_million_samples_open_in_milliseconds(tmp_path):
 
 def test_every_reason_has_a_remedy():
     assert set(dataset_module.REMEDIES) == set(dataset_module.Reason)
+
+
+def test_a_model_directory_without_a_tokenizer_is_named(tmp_path):
+    """transformers makes an empty one for it."""
+    from transformers import Qwen3Config
+
+    Qwen3Config(vocab_size=99).save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        ValueError, match=r"there is no tokenizer in .*model; put the tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path / "model")

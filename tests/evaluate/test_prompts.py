@@ -59,6 +59,31 @@ def test_chats_end_with_the_generation_prompt(tmp_path: Path, tokenizer: Any) ->
     assert "the answer" not in text
 
 
+@pytest.mark.parametrize(
+    "earlier",
+    [[], [{"role": "user", "content": "first"}, {"role": "assistant", "content": "one"}]],
+    ids=["a question alone", "a question after an answer"],
+)
+def test_a_question_that_nobody_has_answered_is_the_prompt(
+    tmp_path: Path, tokenizer: Any, earlier: list[dict[str, str]]
+) -> None:
+    messages = [*earlier, {"role": "user", "content": "and the moon"}]
+    file = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+
+    (prompt,) = read_prompts(file, tokenizer, num_prompts=1)
+
+    text = tokenizer.decode(prompt)
+    assert text.endswith("and the moon<|im_end|>\n<|im_start|>assistant\n")
+    assert ("one" in text) == bool(earlier)
+
+
+def test_files_and_numbers_that_cannot_work_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match=r"--prompts=.*nowhere does not exist; set --prompts to"):
+        read_prompts(tmp_path / "nowhere", tokenizer, num_prompts=None)
+    with pytest.raises(ValueError, match="-1 prompts are too few"):
+        read_prompts(tmp_path, tokenizer, num_prompts=-1)
+
+
 def test_bad_rows_are_skipped_and_counted(
     tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -95,5 +120,5 @@ def test_tokenizer_without_a_chat_template_is_an_error(tmp_path: Path) -> None:
 def test_file_without_prompts_is_an_error(tmp_path: Path, tokenizer: Any) -> None:
     file = write(tmp_path / "rows.jsonl", [{"text": ""}])
 
-    with pytest.raises(ValueError, match=r"holds no prompt \(1 rows skipped\)"):
+    with pytest.raises(ValueError, match=r"holds no prompt \(1 rows skipped, the first: no tok"):
         read_prompts(file, tokenizer, num_prompts=2)

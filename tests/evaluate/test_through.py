@@ -226,6 +226,7 @@ def test_a_draft_that_is_given_twice_is_refused() -> None:
         ("--batch-sizes", "8,0", "8,0 must be numbers from 1, like 1,8,32"),
         ("--dtype", "half", "choose from auto, float32"),
         ("--json", "nowhere/out.json", "no directory nowhere; mkdir -p nowhere"),
+        ("--device", "gpu", "--device gpu cannot be used here"),
         ("--json", "/dev/null", "/dev/null is no regular file"),
     ],
 )

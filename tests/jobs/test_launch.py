@@ -49,8 +49,9 @@ def test_plain_python_starts_the_same_job(tiny_job, tmp_path):
     assert code == 0, output[-4000:]
     assert "launch: torchrun --standalone --nproc-per-node=2 -m colospec.run" in output
     assert list(losses(tmp_path / "r")) == [1, 2, 3]
-    assert (tmp_path / "r" / ".hydra" / "config.yaml").is_file()
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["world_size"] == 2
+    kept = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert kept["world_size"] == 2
+    assert kept["config"]["trainer"]["max_steps"] == 3
 
 
 def test_two_launchers_make_one_job_of_two_nodes(tiny_job, tmp_path):
@@ -110,7 +111,7 @@ if os.environ.get("LOCAL_RANK") == "0":
     ("word", "says"),
     [
         ("trainer.lr=-1", "error: trainer.lr=-1"),
-        ("trainer.rl=1", "Could not override 'trainer.rl'"),
+        ("trainer.rl=1", "error: there is no setting trainer.rl; did you mean trainer.lr"),
         ("-m", "error: a sweep cannot run inside torchrun"),
     ],
 )
@@ -161,6 +162,7 @@ def test_dry_run_shows_ranks_memory_and_steps_without_gpus(tiny_job, tmp_path):
     assert "ring: 3 slots x 512 tokens" in output
     measured = r"5 samples held out,\s+evaluated every 7 steps.*every 9 steps on 4 prompts x 32"
     assert re.search(measured, output, re.S)
+    assert not (tmp_path / "outputs").exists(), "it only looks"
 
 
 @pytest.mark.parametrize("to", [os.killpg, os.kill], ids=["ctrl_c", "one process"])

@@ -111,12 +111,13 @@ def test_a_run_goes_on_with_another_number_of_trainers_in_the_same_order(tiny_jo
 
 
 def test_another_run_in_the_same_directory_is_refused_with_the_settings_that_differ(whole, few_job):
-    before = sorted(p.name for p in (whole / "checkpoint").iterdir())
+    before = {path: path.read_bytes() for path in whole.rglob("*.json")}
     words = [*few_job, *WORDS, f"run_dir={whole}", "data.max_sequences=7", "draft.ttt_length=2"]
     output = job(2, "+mode=colocate", *words, expect="error")
     assert "data.max_sequences: 128 -> 7" in output
     assert "draft.ttt_length: 3 -> 2" in output
-    assert sorted(p.name for p in (whole / "checkpoint").iterdir()) == before
+    assert {path: path.read_bytes() for path in whole.rglob("*.json")} == before
+    assert not (whole / ".hydra").exists(), "whose settings were they?"
 
 
 def test_resume_never_refuses_a_directory_that_has_a_run(whole, few_job):

@@ -49,6 +49,12 @@ def test_a_second_job_in_one_run_directory_is_refused(tmp_path):
         held.wait(10)
 
 
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RuntimeError, match=r"run_dir=.*file cannot be made: File exists; choose"):
+        check_shared(tmp_path / "file", Peer(PLACES[0]))
+
+
 def test_each_role_is_held_to_its_share_of_the_gpu():
     run = RunConfig(mode=Mode.colocate, draft=Eagle3Config())
     run.memory.trainer_fraction, run.memory.engine_fraction = 0.5, 0.3
