@@ -45,8 +45,7 @@ class World:
     @property
     def is_stop_foreign(self) -> bool:
         """True if only ranks of other nodes were asked to stop."""
-        asked_here = self.store.peek(stop_key(self.place.node)) is not None
-        return self.stop_requested and not asked_here
+        return self.stop_requested and self.store.peek(stop_key(self.place.node)) is None
 
     def phase(self, name: str, limit_s: float) -> None:
         """Begin a phase of the run, for messages and for the watchdog's limit."""

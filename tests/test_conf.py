@@ -161,6 +161,7 @@ def run_module(*words, env=None):
         (["+mode=colocate", "+foo=1"], "there is no setting foo; there are data, draft, "),
         (["+mode=colocate", "++draft.ttt_len=1"], "did you mean draft.ttt_length?"),
         (["+mode=colocate", "draft=eagle4"], "draft=eagle4 does not exist; choose from dflash, d"),
+        (["+mode=colocate", "engine.server_args.x=1"], "use +engine.server_args.x=1"),
         (["+mode=colocate", "trainer.lr=[1"], "trainer.lr=[1 is no setting=value"),
         (["+mode=colocate", "trainer.lr=fast"], "trainer.lr: Value 'fast' of type 'str' could not"),
         (["+mode=colocate", "trainer.schedule=step"], "[cosine, linear, constant, wsd]"),
