@@ -106,18 +106,19 @@ def prepare(
     vocab_size: int,
     cache_dir: Path | None = None,
     progress: bool = False,
+    setting: str = "data.path",
 ) -> Dataset:
     """Open the tokenised data of `config`, after making it if it is not there yet.
 
     Any number of processes may call this at once: one tokenises, with `config.num_workers`
     processes of its own, and the others wait. `tokenizer_path` is a Hugging Face directory;
-    `vocab_size` is the target's. Raises ValueError, naming the fix, for data, a tokenizer or a chat
-    template that cannot be used, and where more than `config.max_filtered_fraction` of the rows had
-    to be left out.
+    `vocab_size` is the target's; `setting` is what errors call `config.path`. Raises ValueError,
+    naming the fix, for data, a tokenizer or a chat template that cannot be used, and where more
+    than `config.max_filtered_fraction` of the rows had to be left out.
     """
     if config.path is None:
-        raise ValueError("data.path is not set; add data.path=FILE")
-    files = find_files(Path(config.path).expanduser())
+        raise ValueError(f"{setting} is not set; add {setting}=FILE")
+    files = find_files(Path(config.path).expanduser(), setting=setting)
     options = EncodeOptions(
         vocab_size=vocab_size,
         max_length=config.max_length,
@@ -140,7 +141,7 @@ def prepare(
                 )
                 cache.build(directory, _shown(encoded, progress), vocab_size=vocab_size)
     dataset = Dataset(directory, fingerprint=fingerprint)
-    _check_filtered(dataset, config)
+    _check_filtered(dataset, config, setting)
     return dataset
 
 
@@ -164,13 +165,13 @@ def _shown(encoded: Iterable[Encoded], progress: bool) -> Iterator[Encoded]:
             bar.advance(task, chunk.share)
 
 
-def _check_filtered(dataset: Dataset, config: DataConfig) -> None:
+def _check_filtered(dataset: Dataset, config: DataConfig, setting: str) -> None:
     """Raise ValueError if nothing is left, or more was left out than the config allows."""
     filtered = sum(dataset.num_filtered.values())
     rows = len(dataset) + filtered
     list_file = dataset.directory / "filtered.jsonl"
     if rows == 0:
-        raise ValueError(f"data.path={config.path} has no rows")
+        raise ValueError(f"{setting}={config.path} has no rows")
     if len(dataset) and filtered <= config.max_filtered_fraction * rows:
         if filtered:
             log.info(
@@ -185,7 +186,7 @@ def _check_filtered(dataset: Dataset, config: DataConfig) -> None:
     ]
     most = max(dataset.num_filtered, key=dataset.num_filtered.__getitem__)
     raise ValueError(
-        f"{filtered} of {rows} rows of data.path={config.path} cannot be trained on "
+        f"{filtered} of {rows} rows of {setting}={config.path} cannot be trained on "
         f"({describe(dataset.num_filtered)}), and data.max_filtered_fraction="
         f"{config.max_filtered_fraction}; {REMEDIES[Reason(most)]}. The first of them:"
         f"{''.join(shown)}\nAll are in {list_file}"

@@ -94,7 +94,7 @@ def read_chunks(files: list[Path]) -> Iterator[Chunk]:
             yield from READERS[file.suffix](file, file.stat().st_size / total)
         except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{file} (of data.path) is not a readable {file.suffix} file: {error}; "
+                f"{file} is not a readable {file.suffix} file: {error}; "
                 "repair it, or remove it from the directory"
             ) from error
 
@@ -138,7 +138,7 @@ def _read_json(file: Path, share: float) -> Iterator[Chunk]:
         rows = rows.get("data", [rows])
     if not isinstance(rows, list):
         raise ValueError(
-            f"{file} (of data.path) must hold a JSON array of rows or an object whose data is one; "
+            f"{file} must hold a JSON array of rows or an object whose data is one; "
             "a file with one object per line is a .jsonl file"
         )
     for start in range(0, len(rows), CHUNK_ROWS):
@@ -178,7 +178,7 @@ def _read_arrow(file: Path, share: float) -> Iterator[Chunk]:
 def _columns(file: Path, schema: pa.Schema) -> list[str]:
     if not set(FIELDS) & set(schema.names):
         raise ValueError(
-            f"{file} (of data.path) has no column named {', '.join(FIELDS)}; "
+            f"{file} has no column named {', '.join(FIELDS)}; "
             f"it has {', '.join(schema.names)}: rename the one with the chats"
         )
     return [name for name in COLUMNS if name in schema.names]

@@ -64,33 +64,52 @@ class Comparison:
     def table(self) -> Table:
         """Return the table that a terminal shows."""
         first = next(iter(self.drafters.values()))
-        length, sampled = first.greedy.chain_length, first.sampled
         table = Table(
-            title=f"acceptance length, bonus token counted (1 to {length + 1})",
+            title=f"acceptance length, bonus token counted (1 to {first.greedy.chain_length + 1})",
             box=SIMPLE_HEAD,
             padding=(0, 1, 0, 0),
             caption="saved: target forward passes; loops, saved, tok/s, exact: greedy",
         )
+        rows = {name: self._cells(one) for name, one in self.drafters.items()}
+        rows["none"] = self._plain_cells()
+        # A column that no drafter has a number for is not shown.
+        names = [name for name in rows["none"] if any(rows[one][name] for one in self.drafters)]
         table.add_column("drafter", no_wrap=True)
-        at = f"T={sampled.temperature:g}" if sampled else "sampled"
-        for name in ("loss", "simul.", "greedy", at, "loops", "saved", "tok/s", "exact"):
+        for name in names:
             table.add_column(name, justify="right", no_wrap=True)
-        for name, one in self.drafters.items():
-            table.add_row(
-                name,
-                "-" if one.loss is None else f"{one.loss:.2f}",
-                f"{one.simulation.simulated_acceptance_length:.2f}",
-                f"{one.greedy.acceptance_length:.2f}",
-                "-" if one.sampled is None else f"{one.sampled.acceptance_length:.2f}",
-                f"{looping_share(one.greedy.outputs):.0%}",
-                f"{one.greedy.forwards_saved(self.plain):.0%}",
-                f"{one.greedy.tokens_per_s:.0f}",
-                "yes" if one.greedy.is_lossless else "NO",
-            )
-        plain = f"{self.plain.num_tokens / self.plain.seconds:.0f}"
-        loops = f"{looping_share(self.plain.outputs):.0%}"
-        table.add_row("none", "-", "-", "1.00", "1.00", loops, "0%", plain, "-")
+        for drafter, cells in rows.items():
+            table.add_row(drafter, *(cells[name] or "-" for name in names))
         return table
+
+    def _cells(self, one: DrafterReport) -> dict[str, str]:
+        loss = "" if one.loss is None else f"{one.loss:.2f}"
+        sampled = "" if one.sampled is None else f"{one.sampled.acceptance_length:.2f}"
+        return {
+            "loss": loss,
+            "simul.": f"{one.simulation.simulated_acceptance_length:.2f}",
+            "greedy": f"{one.greedy.acceptance_length:.2f}",
+            self._temperature(): sampled,
+            "loops": f"{looping_share(one.greedy.outputs):.0%}",
+            "saved": f"{one.greedy.forwards_saved(self.plain):.0%}",
+            "tok/s": f"{one.greedy.tokens_per_s:.0f}",
+            "exact": "yes" if one.greedy.is_lossless else "NO",
+        }
+
+    def _plain_cells(self) -> dict[str, str]:
+        return {
+            "loss": "",
+            "simul.": "",
+            "greedy": "1.00",
+            self._temperature(): "1.00",
+            "loops": f"{looping_share(self.plain.outputs):.0%}",
+            "saved": "0%",
+            "tok/s": f"{self.plain.num_tokens / self.plain.seconds:.0f}",
+            "exact": "",
+        }
+
+    def _temperature(self) -> str:
+        sampled = next(iter(self.drafters.values())).sampled
+        return f"T={sampled.temperature:g}" if sampled else ""
 
     def _report(self, one: DrafterReport) -> dict[str, Any]:
         return {

@@ -74,14 +74,18 @@ class Job:
         target = load_target(run)
         data = data_with_path(run.data, run.target.path)
 
-        def tokenised(config: DataConfig) -> Dataset:
+        def tokenised(config: DataConfig, setting: str) -> Dataset:
             return prepare(
-                config, tokenizer_path=target.path, vocab_size=target.vocab_size, progress=progress
+                config,
+                tokenizer_path=target.path,
+                vocab_size=target.vocab_size,
+                progress=progress,
+                setting=setting,
             )
 
-        dataset, other = tokenised(data), None
+        dataset, other = tokenised(data, "data.path"), None
         if data.held_out_path is not None:
-            other = tokenised(replace(data, path=data.held_out_path))
+            other = tokenised(replace(data, path=data.held_out_path), "data.held_out_path")
         parts = split(dataset, data, other=other)
         plan = Plan(
             dataset.lengths,

@@ -101,7 +101,25 @@ def test_command_prints_a_table_and_writes_json(
     assert report["settings"]["chain_length"] == 3
     assert report["num_prompts"] == 2
     assert report["drafters"]["export"]["sampled"]["temperature"] == 0.7
-    assert "acceptance length" in capfd.readouterr().err
+    shown = capfd.readouterr().err
+    assert "acceptance length" in shown
+    assert "T=0.7" in shown
+    assert "loss" not in shown
+
+
+def test_the_table_has_no_column_of_what_was_not_measured(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command.main(
+        [
+            *("--target", str(run.target.path), "--draft", str(run.directory / "export")),
+            *("--prompts", str(run.data), "--num-prompts", "1", "--max-new-tokens", "8"),
+            *("--device", "cpu"),
+        ]
+    )
+
+    header = next(line for line in capfd.readouterr().err.splitlines() if "drafter" in line)
+    assert header.split() == ["drafter", "simul.", "greedy", "loops", "saved", "tok/s", "exact"]
 
 
 def test_command_ends_with_the_error_and_no_traceback(run: Run, tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ def load(run: RunConfig, trainers: int = 2) -> Job:
     return Job.load(run, num_trainers=trainers, progress=False)
 
 
+def test_an_error_of_the_held_out_data_names_its_setting(run: RunConfig) -> None:
+    data = replace(run.data, held_out_samples=0, held_out_path="/nowhere.jsonl")
+    with pytest.raises(ValueError, match=r"^data\.held_out_path=/nowhere\.jsonl does not exist"):
+        load(replace(run, data=data))
+
+
 def due(job: Job, start: Start) -> dict[int, tuple[bool, bool]]:
     """Steps done -> whether held-out samples are evaluated, whether a probe is due."""
     return {
