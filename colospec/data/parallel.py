@@ -16,8 +16,9 @@ from pathlib import Path
 from colospec.data.encode import Encoded, EncodeOptions, Encoder
 from colospec.data.read import Chunk
 
-# A process needs seconds to start; below this much input for each, one does it sooner alone.
-MIN_BYTES_PER_WORKER = 2 * 1024 * 1024
+# A process needs 2 to 10 s to start, and then encodes some 4 MB of chats a second; below this much
+# input for each, one does it sooner alone.
+MIN_BYTES_PER_WORKER = 16 * 1024 * 1024
 # Chunks handed out ahead per worker; bounds the memory whatever the size of the input.
 CHUNKS_AHEAD = 3
 
