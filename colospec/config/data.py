@@ -26,7 +26,7 @@ class DataConfig:
     max_filtered_fraction: float = 0.5
     """More filtered rows than this is an error."""
     num_workers: int | None = None
-    """Processes that tokenise; null is one per core."""
+    """Most processes that tokenise, one for every 16 MiB of input; null allows one per core."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is $XDG_CACHE_HOME/colospec."""
     held_out_path: str | None = None

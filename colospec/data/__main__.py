@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="as data.last_turn_only; neither form: decided per sample",
     )
     add("--max-filtered-fraction", type=float, default=default.max_filtered_fraction)
-    add("--num-workers", type=int, help="as data.num_workers (default: one per core)")
+    add("--num-workers", type=int, help="as data.num_workers")
     add("--cache-dir", metavar="DIR", help="as data.cache_dir")
     return parser
 
