@@ -72,6 +72,11 @@ def setup(run_dir: Path, rank: int) -> None:
     _stacks.append(stream)
 
 
+def rank_file() -> Path | None:
+    """Return this rank's file, after `setup`."""
+    return Path(_stacks[-1].name) if _stacks else None
+
+
 def dump_stacks() -> None:
     """Append the Python stacks of all threads to this rank's file (stderr before `setup`)."""
     faulthandler.dump_traceback(_stacks[-1] if _stacks else sys.stderr, all_threads=True)

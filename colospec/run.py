@@ -129,10 +129,19 @@ def task(cfg: DictConfig) -> float | None:
     except (ValueError, launch.JobFailed) as error:
         if not is_first_of_node():
             sys.exit(f"error: {error}")  # said if the first of the node has nothing to say
-        log.console.print(f"error: {error}", style="bold red", markup=False)
+        say(str(error))
         if HydraConfig.get().mode is hydra.types.RunMode.MULTIRUN:
             return math.inf
         sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def say(error: str) -> None:
+    """Print an error, and leave it for torchrun's closing summary."""
+    log.console.print(f"error: {error}", style="bold red", markup=False)
+    if under_torchrun():
+        from colospec.watchdog import record_for_torchrun
+
+        record_for_torchrun(error)
 
 
 def refuse_sweep_in_torchrun(words: list[str]) -> None:
@@ -142,11 +151,9 @@ def refuse_sweep_in_torchrun(words: list[str]) -> None:
         return
     rest = [word for word in words if word not in flags]
     if is_rank0():
-        log.console.print(
-            "error: a sweep cannot run inside torchrun: every job needs fresh processes. Type\n"
-            f"    python -m colospec.run -m {shlex.join(rest)}",
-            style="bold red",
-            markup=False,
+        say(
+            "a sweep cannot run inside torchrun: every job needs fresh processes. Type\n"
+            f"    python -m colospec.run -m {shlex.join(rest)}"
         )
     sys.exit(2)
 
@@ -184,7 +191,7 @@ def run_task() -> None:
         decorate(task)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if is_first_of_node():
-            log.console.print(f"error: {config.explain(error)}", style="bold red", markup=False)
+            say(config.explain(error))
         sys.exit(2)
 
 

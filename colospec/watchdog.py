@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from colospec.log import dump_stacks
+from colospec.log import dump_stacks, rank_file
 from colospec.signals import StopSignals
 from colospec.store import ERROR_KEY, STOP_KEY, JobStore, stop_key
 from colospec.topology import Place
@@ -232,9 +232,15 @@ class Watchdog:
 
 
 def record_for_torchrun(root_cause: str) -> None:
-    """Leave the root cause where torchrun's closing summary finds it."""
+    """Leave the root cause where torchrun's closing summary finds it.
+
+    The summary repeats what every rank left, so none leaves a traceback; they are in the logs.
+    """
+    if (file := rank_file()) is not None:
+        root_cause += f" (tracebacks: {file.parent})"
     try:
-        raise JobError(root_cause)
+        raise JobError(root_cause) from None
     except JobError as error:
+        error.__traceback__ = None
         with contextlib.suppress(Exception):
             get_error_handler().record_exception(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.start import files, job, rank_pid, wait_for
-from tests.torchrun import command, pids_of, started
+from tests.torchrun import command, pids_of, run, started
 
 LONG = ["trainer.max_steps=5000", "trainer.save_interval=1"]
 
@@ -51,6 +51,23 @@ def test_a_killed_rank_ends_the_job_in_five_seconds(tiny_job, tmp_path, role, ph
     assert re.search(rf"rank {rank} \({role} 0 on cpu\)|SIGKILL", ending), output
     assert shared_memory() == before
     assert not [name for name in files(run_dir) if ".tmp" in name]
+
+
+def test_the_last_words_of_torchrun_are_the_root_cause_and_where_its_traceback_is(
+    tiny_job, tmp_path
+):
+    words = command(2, "-m", "colospec.run", "+mode=colocate", *tiny_job, f"run_dir={tmp_path}/r",
+                    "data.path=/nowhere.jsonl")  # fmt: skip
+    code, output, _ = run(words, 60)
+    assert code == 1
+    says = "ValueError: data.path=/nowhere.jsonl does not exist"
+    assert output.count("Traceback") == 1, "torchrun's own"
+    ending = "\n".join(output.splitlines()[-4:])
+    assert says in ending, output
+    assert f"(tracebacks: {tmp_path}/r/log)" in ending
+    logged = "".join(file.read_text() for file in (tmp_path / "r" / "log").iterdir())
+    assert "Traceback" in logged
+    assert says in logged
 
 
 @pytest.mark.slow
