@@ -10,6 +10,9 @@ import torch
 # the head, and about four on a CPU. A GPU needs more rows to hide the traffic of the head's
 # gradient.
 MAX_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+# Where the frozen head's products are all that a chunk's rows are for: the fewer rows, the less of
+# a GPU do the products fill.
+WIDE_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**27}
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 

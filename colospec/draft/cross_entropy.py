@@ -18,8 +18,7 @@ from torch.autograd.function import Function, once_differentiable
 from colospec.draft.chunks import chunks
 from colospec.draft.kernels import choice
 
-# Most elements of the logits of a chunk. One such tensor lives at a time on a GPU, in the type of
-# the head, and about four on a CPU. The fewer rows, the less of a GPU do the products fill.
+# As WIDE_ELEMENTS, but only one such tensor lives at a time on a GPU.
 MAX_ELEMENTS = {"cpu": 2**23, "cuda": 5 * 2**28}
 
 
@@ -58,7 +57,7 @@ class _CrossEntropy(Function):
             max_elements=MAX_ELEMENTS,
         ):
             logits = hidden[part].to(head.dtype) @ head.T
-            slope = _compare(logits, labels[part], loss[part], right[part], gradients=gradients)
+            slope = compare(logits, labels[part], loss[part], right[part], gradients=gradients)
             del logits
             if grad is not None:
                 grad[part] = slope @ head
@@ -77,11 +76,15 @@ class _CrossEntropy(Function):
         return scaled, None, None, None, None
 
 
-def _compare(
+def compare(
     logits: Tensor, labels: Tensor, loss: Tensor, right: Tensor, *, gradients: bool
 ) -> Tensor:
-    """Write `loss` and `right` [R]; return the gradient of the loss in logits [R, V], of their
-    type, if `gradients` are wanted. The logits are given up."""
+    """Compare logits [R, V] with labels [R]: write the cross entropy `loss` [R], of the type that
+    sums have, and `right` [R] bool, whether the best token is the label.
+
+    Returns the gradient of each loss in its logits [R, V], of their type, if `gradients` are
+    wanted. The logits are given up.
+    """
     if choice.fused(logits):
         from colospec.draft.kernels.cross_entropy import cross_entropy_
 

@@ -13,7 +13,7 @@ from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
 from colospec.draft.norm import RMSNorm
 from colospec.draft.rows import norm_rotate
-from tests.draft.block_cases import make_blocks, make_leaves
+from tests.draft.block_cases import corrected_losses, head_inputs, make_blocks, make_leaves
 from tests.draft.cases import gradients, make_config, make_draft, make_inputs, make_target
 from tests.draft.interpreter import mend
 from tests.draft.numerics import agree, backward, error
@@ -149,6 +149,35 @@ def test_cross_entropy(seed, dtype, vocab_size, gradients):
         assert (grad.double() - exact).norm() <= bound(dtype) * exact.norm() + 1e-6
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("vocab_size", [1, 37, 4096, 9001])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("algorithm", "share"), [("dspark", 0.0), ("domino", 0.3), ("domino", 0.0), ("domino", 1.0)]
+)
+def test_losses_under_a_corrected_head(seed, algorithm, share, dtype, vocab_size, gradients):
+    torch.manual_seed(seed)
+    inputs = head_inputs(23, vocab_size, dtype)
+
+    told, total, grads = corrected_losses(
+        dtype, inputs, algorithm, gradients=gradients, share=share
+    )
+
+    known, exact, expected = corrected_losses(
+        torch.float64, inputs, algorithm, gradients=gradients, share=share
+    )
+    assert total.item() == pytest.approx(exact.item(), rel=1e-5, abs=1e-5)
+    for ours, theirs in zip(told, known, strict=True):
+        if ours.dtype is torch.bool:
+            assert torch.equal(ours, theirs)
+        else:
+            assert ours.dtype is torch.float32
+            assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=2e-5)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert ours.dtype is dtype
+        assert (ours.double() - theirs).norm() <= bound(dtype) * theirs.norm() + 1e-5
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_heads", "half"), [(3, 8), (4, 3), (1, 4)], ids=str)
 def test_norm_and_rotation_of_heads(seed, dtype, num_heads, half):
@@ -169,12 +198,20 @@ def test_norm_and_rotation_of_heads(seed, dtype, num_heads, half):
     assert error(norm.weight.grad, exact.weight.grad) < bound(dtype)
 
 
-@pytest.mark.parametrize("sliding", [{}, {"sliding_layers": [1], "sliding_window": 6}])
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("dflash", {}),
+        ("dflash", {"sliding_layers": [1], "sliding_window": 6}),
+        ("dspark", {}),
+        ("domino", {}),
+    ],
+)
 @pytest.mark.parametrize("lengths", [[1, 9, 2, 30], [1], []], ids=str)
-def test_the_whole_draft(seed, lengths, sliding):
+def test_the_whole_draft(seed, lengths, algorithm, settings):
     generator = torch.Generator().manual_seed(seed)
     target = make_target()
-    config = make_config("dflash", **sliding)
+    config = make_config(algorithm, **settings)
     draft = make_draft(config, target, generator=generator, dtype=torch.float32)
     batch = make_inputs(lengths, config, target, generator=generator, dtype=torch.float32)
 

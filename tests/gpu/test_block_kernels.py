@@ -15,7 +15,7 @@ from colospec.draft.cross_entropy import head_cross_entropy
 from colospec.draft.kernels import choice
 from colospec.draft.norm import RMSNorm
 from colospec.draft.rows import norm_rotate
-from tests.draft.block_cases import make_blocks, make_leaves
+from tests.draft.block_cases import corrected_losses, head_inputs, make_blocks, make_leaves
 from tests.draft.cases import context, make_config, make_draft, make_inputs, make_target
 from tests.draft.numerics import agree, backward, error
 from tests.gpu.machine import needs_gpus
@@ -118,6 +118,37 @@ def test_cross_entropy(seed, monkeypatch, dtype, rows, vocab_size):
     assert torch.equal(right, expected)
     assert error(grad, exact_grad) < limit
     assert error(grad, plain_grad) < limit
+
+
+@pytest.mark.parametrize(("rows", "vocab_size"), [(300, 151_936), (1, 37), (41, 4097), (0, 9)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize(("algorithm", "share"), [("dspark", 0.0), ("domino", 0.3)])
+def test_losses_under_a_corrected_head(
+    seed, monkeypatch, algorithm, share, dtype, rows, vocab_size
+):
+    torch.manual_seed(seed)
+    inputs = head_inputs(rows, vocab_size, dtype, device="cuda", size=64, rank=16)
+
+    told, total, grads = corrected_losses(dtype, inputs, algorithm, share=share)
+
+    exact = corrected_losses(torch.float64, inputs, algorithm, share=share)
+    monkeypatch.setattr(choice, "fused", lambda _: False)
+    plain = corrected_losses(dtype, inputs, algorithm, share=share)
+    limit = 1e-5 if dtype is torch.float32 else 2 * ROUNDINGS
+
+    def close(ours, theirs, limit):
+        # A label that is certain has no loss and no gradient to compare with.
+        return (ours - theirs).double().norm() <= limit * theirs.double().norm() + 1e-4
+
+    # The plain path in the same type has the very same logits.
+    assert close(total, plain[1], 1e-5)
+    assert close(total, exact[1], limit)
+    for ours, theirs in zip(told, plain[0], strict=True):
+        assert torch.equal(ours, theirs) if ours.dtype is torch.bool else close(ours, theirs, 1e-5)
+    for ours, near, theirs in zip(grads, plain[2], exact[2], strict=True):
+        assert ours.dtype is dtype
+        assert close(ours, near, limit)
+        assert close(ours, theirs, limit)
 
 
 def test_logits_beyond_32_bit_offsets_are_reached(seed):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from colospec.draft.chunks import chunks
+from colospec.draft.chunks import WIDE_ELEMENTS, chunks
+from colospec.draft.cross_entropy import compare
 
 
 class PairLosses(NamedTuple):
@@ -63,30 +64,40 @@ class _PairLosses(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         share, chunk_tokens, gradients = settings
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=dtype)
+        base_loss, loss = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(2))
         base_right, right = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
         grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
         grad_correction = torch.zeros_like(correction, dtype=dtype)
+        added = correction.to(head.dtype)
         for part in chunks(
-            len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device
-        ):
-            base = (hidden[part].to(head.dtype) @ head.T).to(dtype)
-            final = base + latent[part] @ correction.T
-            loss, base_right[part] = _cross_entropy_(base, labels[part])
-            total += share * (weights[part] @ loss)
-            loss, right[part] = _cross_entropy_(final, labels[part])
-            total += (1 - share) * (weights[part] @ loss)
-            if not gradients:
-                continue
-            final.mul_((1 - share) * weights[part, None])
-            narrow = final.to(correction.dtype)
-            grad_latent[part] = narrow @ correction
-            grad_correction += narrow.T @ latent[part]
-            final.addcmul_(base, weights[part, None], value=share)
-            grad_hidden[part] = final.to(head.dtype) @ head
+            len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device,
+            max_elements=WIDE_ELEMENTS,
+        ):  # fmt: skip
+            narrow, weight = latent[part].to(head.dtype), weights[part, None]
+            base = hidden[part].to(head.dtype) @ head.T
+            slope = compare(
+                torch.addmm(base, narrow, added.T), labels[part], loss[part], right[part],
+                gradients=gradients,
+            )  # fmt: skip
+            base_slope = compare(
+                base, labels[part], base_loss[part], base_right[part],
+                gradients=gradients and share > 0,
+            )  # fmt: skip
+            del base
+            if gradients:
+                # Weights only scale the rows, and the narrow side of a product is the cheap one.
+                corrected = (1 - share) * weight
+                grad_latent[part] = (slope @ added) * corrected
+                grad_correction += slope.T @ (narrow * corrected).to(head.dtype)
+                if share > 0:
+                    slope.lerp_(base_slope, share)
+                grad_hidden[part] = (slope @ head) * weight
+            # Or two chunks would live while the next one is computed.
+            del slope, base_slope
         ctx.mark_non_differentiable(base_right, right)
         if gradients:
             ctx.save_for_backward(grad_hidden, grad_latent, grad_correction.to(correction.dtype))
+        total = weights.to(dtype) @ (share * base_loss + (1 - share) * loss)
         return total, base_right, right
 
     @staticmethod
@@ -94,14 +105,3 @@ class _PairLosses(Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, latent, correction = ((part * grad).to(part.dtype) for part in ctx.saved_tensors)
         return hidden, latent, None, correction, None, None, None
-
-
-def _cross_entropy_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses [n] and hits [n], and turn the logits [n, V] into the gradients of the
-    losses."""
-    label = labels[:, None]
-    right = logits.argmax(-1) == labels
-    norm = logits.logsumexp(-1, keepdim=True)
-    loss = norm - logits.gather(1, label)
-    logits.sub_(norm).exp_().scatter_add_(1, label, torch.full_like(loss, -1.0))
-    return loss.squeeze(1), right

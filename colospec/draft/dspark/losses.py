@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from colospec.draft.chunks import chunks
+from colospec.draft.chunks import WIDE_ELEMENTS, chunks
+from colospec.draft.kernels import choice
 
 
 class SlotLosses(NamedTuple):
@@ -24,6 +25,15 @@ class SlotLosses(NamedTuple):
     whether it is the target's best."""
 
     total: Tensor
+    cross_entropy: Tensor
+    distance: Tensor
+    right: Tensor
+    agrees: Tensor
+
+
+class Found(NamedTuple):
+    """What a comparison writes of each slot [R], as in `SlotLosses`."""
+
     cross_entropy: Tensor
     distance: Tensor
     right: Tensor
@@ -78,32 +88,27 @@ class _SlotLosses(Function):
         right, agrees = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
         grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
         grad_correction = torch.zeros_like(correction, dtype=dtype)
+        added = correction.to(head.dtype)
         for part in chunks(
-            len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device
-        ):
-            label = labels[part, None]
-            logits = (hidden[part].to(head.dtype) @ head.T).to(dtype)
-            logits += latent[part] @ correction.T
-            wanted = (teacher[part].to(head.dtype) @ head.T).to(dtype)
-            best = logits.argmax(-1)
-            right[part], agrees[part] = best == labels[part], best == wanted.argmax(-1)
-            norm = logits.logsumexp(-1, keepdim=True)
-            losses[part] = (norm - logits.gather(1, label)).squeeze(1)
-            odds = logits.sub_(norm).exp_()
-            gap = torch.softmax(wanted, dim=-1).neg_().add_(odds)
-            del wanted
-            distances[part] = gap.abs().sum(-1)
-            if not gradients:
-                continue
-            side = gap.sign_()
-            mean = torch.linalg.vecdot(odds, side).unsqueeze(1)
-            grad = side.sub_(mean).mul_(l1_weight).add_(ce_weight).mul_(odds)
-            grad.scatter_add_(1, label, torch.full_like(mean, -ce_weight))
-            grad.mul_(weights[part, None])
-            grad_hidden[part] = grad.to(head.dtype) @ head
-            narrow = grad.to(correction.dtype)
-            grad_latent[part] = narrow @ correction
-            grad_correction += narrow.T @ latent[part]
+            len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device,
+            max_elements=WIDE_ELEMENTS,
+        ):  # fmt: skip
+            narrow, weight = latent[part].to(head.dtype), weights[part, None]
+            logits = hidden[part].to(head.dtype) @ head.T
+            logits.addmm_(narrow, added.T)
+            wanted = teacher[part].to(head.dtype) @ head.T
+            found = Found(losses[part], distances[part], right[part], agrees[part])
+            slope = compare(
+                logits, wanted, labels[part], found, (ce_weight, l1_weight), gradients=gradients
+            )
+            del logits, wanted
+            if gradients:
+                # Weights only scale the rows, and the narrow side of a product is the cheap one.
+                grad_hidden[part] = (slope @ head) * weight
+                grad_latent[part] = (slope @ added) * weight
+                grad_correction += slope.T @ (narrow * weight).to(head.dtype)
+            # Or two chunks would live while the next one is computed.
+            del slope
         total = weights.to(dtype) @ (ce_weight * losses + l1_weight * distances)
         ctx.mark_non_differentiable(losses, distances, right, agrees)
         if gradients:
@@ -115,3 +120,41 @@ class _SlotLosses(Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, latent, correction = ((part * grad).to(part.dtype) for part in ctx.saved_tensors)
         return hidden, latent, None, None, None, None, correction, None
+
+
+def compare(
+    logits: Tensor,
+    wanted: Tensor,
+    labels: Tensor,
+    found: Found,
+    loss_weights: tuple[float, float],
+    *,
+    gradients: bool,
+) -> Tensor:
+    """Compare logits [R, V] with labels [R] and with the target's logits `wanted` [R, V].
+
+    Fills `found`; returns the gradient of loss_weights @ (cross entropy, distance) in the logits
+    [R, V], of their type, if `gradients` are wanted. Both sides' logits are given up.
+    """
+    if choice.fused(logits):
+        from colospec.draft.kernels.distance import distance_
+
+        distance_(logits, wanted, labels, found, loss_weights, gradients=gradients)
+        return logits
+    dtype, label = found.distance.dtype, labels.unsqueeze(1)
+    ce_weight, l1_weight = loss_weights
+    wide, target = logits.to(dtype), wanted.to(dtype)
+    best = wide.argmax(-1)
+    found.right.copy_(best == labels)
+    found.agrees.copy_(best == target.argmax(-1))
+    norm = wide.logsumexp(-1, keepdim=True)
+    found.cross_entropy.copy_((norm - wide.gather(1, label)).squeeze(1))
+    odds = wide.sub_(norm).exp_()
+    gap = torch.softmax(target, dim=-1).neg_().add_(odds)
+    found.distance.copy_(gap.abs().sum(-1))
+    if not gradients:
+        return logits
+    side = gap.sign_()
+    mean = torch.linalg.vecdot(odds, side).unsqueeze(1)
+    slope = side.sub_(mean).mul_(l1_weight).add_(ce_weight).mul_(odds)
+    return slope.scatter_add_(1, label, torch.full_like(mean, -ce_weight)).to(logits.dtype)

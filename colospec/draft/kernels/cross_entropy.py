@@ -31,6 +31,29 @@ def cross_entropy_(
         )  # fmt: skip
 
 
+@triton.jit
+def log_sum_exp(
+    row: tl.tensor, num_columns: tl.constexpr, block: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """Return the log-sum-exp of the logits from `row` on, and the first column of the largest."""
+    lanes = tl.arange(0, block)
+    top = -float("inf")
+    total = tl.zeros([block], tl.float32)
+    lane_top = tl.full([block], float("-inf"), tl.float32)
+    lane_column = tl.zeros([block], tl.int32)
+    for start in range(0, num_columns, block):
+        columns = start + lanes
+        x = tl.load(row + columns, mask=columns < num_columns, other=float("-inf"))
+        x = x.to(tl.float32)
+        higher = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - higher) + tl.exp(x - higher)
+        top = higher
+        lane_column = tl.where(x > lane_top, columns, lane_column)
+        lane_top = tl.maximum(lane_top, x)
+    first = tl.min(tl.where(lane_top == top, lane_column, num_columns), 0)
+    return top + tl.log(tl.sum(total, 0)), first
+
+
 # Chunks begin anywhere in these.
 @triton.jit(do_not_specialize_on_alignment=["labels", "loss", "right"])
 def _cross_entropy_kernel(
@@ -48,21 +71,7 @@ def _cross_entropy_kernel(
     chosen = tl.load(logits + label).to(tl.float32)
     lanes = tl.arange(0, block)
 
-    top = -float("inf")
-    total = tl.zeros([block], tl.float32)
-    lane_top = tl.full([block], float("-inf"), tl.float32)
-    lane_column = tl.zeros([block], tl.int32)
-    for start in range(0, num_columns, block):
-        columns = start + lanes
-        x = tl.load(logits + columns, mask=columns < num_columns, other=float("-inf"))
-        x = x.to(tl.float32)
-        higher = tl.maximum(top, tl.max(x, 0))
-        total = total * tl.exp(top - higher) + tl.exp(x - higher)
-        top = higher
-        lane_column = tl.where(x > lane_top, columns, lane_column)
-        lane_top = tl.maximum(lane_top, x)
-    norm = top + tl.log(tl.sum(total, 0))
-    first = tl.min(tl.where(lane_top == top, lane_column, num_columns), 0)
+    norm, first = log_sum_exp(logits, num_columns, block)
     tl.store(loss + row, norm - chosen)
     tl.store(right + row, first == label)
 
