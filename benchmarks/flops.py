@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from colospec.batch import TokenBatch
 from colospec.config import DraftConfig
 from colospec.draft import registry
 from colospec.draft.anchors import Blocks, build_blocks, sample_anchors
+from colospec.draft.dflash.labels import shift_labels
+from colospec.draft.peagle.sampling import Places, sample_places
 from colospec.target import Target
 
 PEAK = {"NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12}
@@ -126,19 +129,79 @@ def eagle3_parts(
     }
 
 
-def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
-    """Return a training step, forward and backward: nothing for anchors that do not exist, and the
-    head for supervised slots alone.
+def block_layers(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
+    """Return what the layers of a block drafter need in a training step, forward and backward:
+    nothing for anchors that do not exist.
 
-    The frozen head costs twice its forward pass, the projection of the target's states likewise.
+    The projection of the target's states costs twice its forward pass: they need no gradient.
     """
     width, kv_width = target.hidden_size, target.num_key_value_heads * target.head_dim
     slots = 6.0 * layer_parameters(target) * drafted.slots
     context = 6.0 * 2 * width * kv_width * drafted.context_rows
     attended = 3.5 * 4.0 * target.num_attention_heads * target.head_dim * drafted.pairs
     projection = 4.0 * num_aux * width**2 * drafted.context_rows
-    head = 4.0 * width * target.vocab_size * drafted.positions
-    return num_layers * (slots + context + attended) + projection + head
+    return num_layers * (slots + context + attended) + projection
+
+
+def frozen_head(target: Target, drafted: Drafted) -> float:
+    """Return what the target's head needs for supervised slots: no gradient of its own."""
+    return 4.0 * target.hidden_size * target.vocab_size * drafted.positions
+
+
+def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
+    """Return a training step: `block_layers` and `frozen_head`."""
+    layers = block_layers(target, drafted, num_layers=num_layers, num_aux=num_aux)
+    return layers + frozen_head(target, drafted)
+
+
+def domino(
+    target: Target, drafted: Drafted, *, num_layers: int, num_aux: int, gru: int, rank: int,
+    corrected: int,
+) -> float:  # fmt: skip
+    """Return a training step of DFlash with a GRU of width `gru` over all slots, whose tokens need
+    no gradient, and a correction of `corrected` slots' logits by products of `rank`."""
+    read = 3 * gru * (4.0 * target.hidden_size + 6.0 * gru) * drafted.slots
+    narrow = 6.0 * rank * (target.hidden_size + gru) * corrected
+    wide = 6.0 * rank * target.vocab_size * corrected
+    return dflash(target, drafted, num_layers=num_layers, num_aux=num_aux) + read + narrow + wide
+
+
+def dspark(
+    target: Target, drafted: Drafted, *, num_layers: int, num_aux: int, rank: int, markov: int,
+    teacher_rows: int,
+) -> float:  # fmt: skip
+    """Return a training step of DFlash whose logits are corrected by products of `rank`, from
+    `markov` matrix elements for each slot, and compared with the target's of `teacher_rows`."""
+    correction = 6.0 * (rank * target.vocab_size * drafted.positions + markov * drafted.slots)
+    teacher = 2.0 * target.hidden_size * target.vocab_size * teacher_rows
+    return dflash(target, drafted, num_layers=num_layers, num_aux=num_aux) + correction + teacher
+
+
+def peagle(
+    target: Target, places: Places, *, num_layers: int, num_aux: int, draft_vocab_size: int | None
+) -> float:
+    """Return a training step: EAGLE-3's layer and plain ones for the places of all depths, a chain
+    of masks after the places up to its anchor; the draft's head, and the target's once per row."""
+    first = len(places.rows)
+    chains = [chain.blocks for chain in places.chains]
+    number = first + sum(len(blocks.input_ids) for blocks in chains)
+    pairs = sum(
+        blocks.size * (sum(blocks.lengths) + len(blocks.lengths) * (blocks.size + 1) / 2)
+        for blocks in chains
+    )
+    attended = attention(target, places.borders.diff().tolist())
+    attended += 4.0 * target.num_attention_heads * target.head_dim * pairs
+    parameters = draft_layer_parameters(target) + (num_layers - 1) * layer_parameters(target)
+    width, learning = target.hidden_size, places.learning
+    # Half of what the first layer's attention reads are embeddings, which need no gradient.
+    embedded = draft_layer_parameters(target) - layer_parameters(target)
+    return (
+        (6.0 * parameters - 2.0 * embedded) * number
+        + 3.5 * attended * num_layers
+        + 4.0 * num_aux * width**2 * first
+        + 6.0 * width * (draft_vocab_size or target.vocab_size) * len(learning.positions)
+        + 2.0 * width * target.vocab_size * len(learning.teacher_rows)
+    )
 
 
 @dataclass(frozen=True)
@@ -151,7 +214,7 @@ class Work:
 
 def step(config: DraftConfig, target: Target, tokens: TokenBatch) -> Work | None:
     """Return the work of a training step on `tokens`, for one draw where the algorithm draws; None
-    for an algorithm without a formula here."""
+    for an algorithm of another package."""
     formula = FORMULAS.get(config.algorithm)
     return None if formula is None else formula(config, target, tokens)
 
@@ -172,18 +235,63 @@ def _eagle3_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
     return Work(flop, counts)
 
 
-def _dflash_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
-    anchors = sample_anchors(
-        tokens, num_anchors=config.num_anchors, generator=torch.Generator().manual_seed(0)
-    )
-    blocks = build_blocks(tokens, anchors, block_size=config.block_size, mask_token_id=0)
-    drafted = Drafted.of(blocks)
+def _anchors(config: Any, tokens: TokenBatch) -> tuple[Tensor, Blocks]:
+    generator = torch.Generator().manual_seed(0)
+    anchors = sample_anchors(tokens, num_anchors=config.num_anchors, generator=generator)
+    return anchors, build_blocks(tokens, anchors, block_size=config.block_size, mask_token_id=0)
+
+
+def _layers(config: Any, target: Target) -> dict[str, int]:
     num_aux = len(registry.features(config, target).aux_layer_ids)
-    flop = dflash(target, drafted, num_layers=config.num_layers, num_aux=num_aux)
-    return Work(flop, {"blocks": len(anchors), "supervised_positions": drafted.positions})
+    return {"num_layers": config.num_layers, "num_aux": num_aux}
+
+
+def _block_work(flop: float, blocks: Blocks) -> Work:
+    counts = {"blocks": len(blocks.lengths), "supervised_positions": len(blocks.slots)}
+    return Work(flop, counts)
+
+
+def _dflash_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    _, blocks = _anchors(config, tokens)
+    return _block_work(
+        dflash(target, Drafted.of(blocks), **_layers(config, target)), blocks
+    )  # fmt: skip
+
+
+def _domino_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    anchors, blocks = _anchors(config, tokens)
+    if config.shift_label:
+        blocks, _ = shift_labels(tokens, anchors, blocks, unbroken=False)
+    flop = domino(
+        target, Drafted.of(blocks), **_layers(config, target), gru=config.gru_hidden_dim,
+        rank=config.emb_dim, corrected=sum(blocks.counts[config.pure_draft_prefix_len :]),
+    )  # fmt: skip
+    return _block_work(flop, blocks)
+
+
+def _dspark_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    blocks, rows = shift_labels(tokens, *_anchors(config, tokens), unbroken=True)
+    rank, width = config.markov_rank, target.hidden_size
+    markov = {"vanilla": 0, "gated": rank * (width + rank), "rnn": 3 * rank * (2 * rank + width)}
+    flop = dspark(
+        target, Drafted.of(blocks), **_layers(config, target), rank=rank,
+        markov=markov[config.markov_head_type.value], teacher_rows=len(set(rows.tolist())),
+    )  # fmt: skip
+    return _block_work(flop, blocks)
+
+
+def _peagle_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
+    places = sample_places(tokens, config, generator=torch.Generator().manual_seed(0))
+    flop = peagle(
+        target, places, **_layers(config, target), draft_vocab_size=config.draft_vocab_size
+    )
+    return Work(flop, {"supervised_positions": len(places.learning.positions)})
 
 
 FORMULAS: dict[str, Callable[[Any, Target, TokenBatch], Work]] = {
     "eagle3": _eagle3_step,
     "dflash": _dflash_step,
+    "domino": _domino_step,
+    "dspark": _dspark_step,
+    "peagle": _peagle_step,
 }
