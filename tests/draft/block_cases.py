@@ -60,7 +60,8 @@ def corrected_losses(kind, inputs, algorithm, *, gradients=True, share=0.3):
                 hidden, latent, head, correction, labels, weights, base_share=share, chunk_tokens=7
             )
         else:
-            rows = Rows(hidden, latent, teacher.to(kind), labels, weights)
+            asked = torch.linspace(0, max(len(labels) * 2 // 3 - 1, 0), len(labels)).long()
+            rows = Rows(hidden, latent, teacher.to(kind), asked, labels, weights)
             total, *told = slot_losses(
                 rows, head, correction, ce_weight=0.3, l1_weight=0.7, chunk_tokens=7
             )

@@ -5,7 +5,7 @@ import torch
 
 from colospec.draft import registry
 from colospec.draft.anchors import build_blocks
-from colospec.draft.dflash.labels import block_text, shift_labels
+from colospec.draft.dflash.labels import block_text, share_rows, shift_labels
 from colospec.draft.dspark.config import MarkovHeadType
 from tests.draft.cases import (
     LENGTHS,
@@ -63,6 +63,23 @@ def test_labels_are_one_further_and_stop_at_the_first_unsupervised_one(generator
     assert shifted.counts == (3, 1, 0, 0)
     text = block_text(tokens, anchors, size=4)
     assert text[shifted.slots].tolist() == tokens.token_ids[[2, 3, 3, 8]].tolist()
+
+
+def test_slots_of_one_position_are_neighbours_and_share_its_row(generator):
+    tokens = make_batch([40, 1, 25], make_target(), generator=generator, density=0.9).tokens
+    anchors = torch.arange(0, 60, 2)[torch.randperm(30, generator=generator)[:20]].sort().values
+    blocks = build_blocks(tokens, anchors, block_size=5, mask_token_id=7)
+    shifted, rows = shift_labels(tokens, anchors, blocks, unbroken=False)
+    shared, positions, asked = share_rows(shifted, rows)
+    assert positions.tolist() == sorted(set(rows.tolist()))
+    assert len(positions) < len(rows)
+    assert (asked.diff() >= 0).all()
+
+    def told(blocks, rows):
+        facts = (blocks.slots, blocks.labels, blocks.places, rows)
+        return sorted(zip(*(fact.tolist() for fact in facts), strict=True))
+
+    assert told(shared, positions[asked]) == told(shifted, rows)
 
 
 def test_labels_go_on_behind_an_unsupervised_one_where_they_may_be_broken(generator):

@@ -103,11 +103,16 @@ def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process(name):
 
     terms = [draft(batch, context(seed=number)) for number, batch in enumerate(batches)]
     (sum(t.loss for t in terms) / sum(t.denominator for t in terms)).backward()
+    # Adam divides by the gradient's size: of one that is rounding alone it makes a whole step.
+    sizes = {name: parameter.grad.abs() for name, parameter in draft.named_parameters()}
+    told = {name: (size >= 1e-4 * size.max()) | (size == 0) for name, size in sizes.items()}
     optimizer = build_optimizer(draft, TrainerConfig(lr=0.1))
     norm = clip_and_step(optimizer, 1.0)
     for found, parameters in results:
         assert abs(found - norm.item()) < 1e-5 * norm.item()
         for key, parameter in draft.named_parameters():
+            assert told[key].float().mean() > 0.9
             torch.testing.assert_close(
-                torch.from_numpy(parameters[key]), parameter.detach(), rtol=1e-4, atol=2e-4
-            )
+                torch.from_numpy(parameters[key])[told[key]], parameter.detach()[told[key]],
+                rtol=1e-4, atol=2e-4,
+            )  # fmt: skip

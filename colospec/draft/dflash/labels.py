@@ -1,6 +1,6 @@
 """What variants of DFlash do with the text of a block: they read it, and may predict one further.
 
-Shape letters: N blocks of b slots, P supervised slots.
+Shape letters: N blocks of b slots, P supervised slots, Q positions that they stand at.
 """
 
 from __future__ import annotations
@@ -47,3 +47,21 @@ def shift_labels(
         counts=tuple(torch.bincount(slot, minlength=blocks.size).tolist()),
     )
     return shifted, rows[block, slot]
+
+
+def share_rows(blocks: Blocks, rows: Tensor) -> tuple[Blocks, Tensor, Tensor]:
+    """Bring the supervised slots of `blocks` into the order of the packed positions `rows` [P] that
+    they stand at, on the CPU.
+
+    Returns the blocks, the positions [Q], each once, and which of them each slot has [P], both
+    ascending.
+    """
+    order = rows.argsort(stable=True)
+    positions, index = torch.unique_consecutive(rows[order], return_inverse=True)
+    ordered = replace(
+        blocks,
+        slots=blocks.slots[order],
+        labels=blocks.labels[order],
+        places=blocks.places[order],
+    )
+    return ordered, positions, index

@@ -4,7 +4,8 @@ The draft's logits are the target's head applied to its states plus a low-rank c
 target's are the same head applied to its own last states. Weights are known beforehand, so forward
 computes the gradients while the logits of a chunk exist, and backward only scales them.
 
-Shape letters: P supervised slots, H hidden size, R rank, V vocabulary.
+Shape letters: P supervised slots, Q positions that they stand at, N and M those of a chunk, H
+hidden size, R rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from colospec.draft.alignment import to_device
 from colospec.draft.chunks import WIDE_ELEMENTS, chunks
 from colospec.draft.kernels import choice
 
@@ -31,8 +33,15 @@ class SlotLosses(NamedTuple):
     agrees: Tensor
 
 
+class Teacher(NamedTuple):
+    """logits [M, V] of the target; rows [N] int64: which of them each slot is compared with."""
+
+    logits: Tensor
+    rows: Tensor
+
+
 class Found(NamedTuple):
-    """What a comparison writes of each slot [R], as in `SlotLosses`."""
+    """What a comparison writes of each slot [N], as in `SlotLosses`."""
 
     cross_entropy: Tensor
     distance: Tensor
@@ -41,12 +50,14 @@ class Found(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """hidden [P, H], normed; latent [P, R]; teacher [P, H], the target's last states; labels [P]
-    int64; weights [P]."""
+    """hidden [P, H], normed; latent [P, R]; teacher [Q, H], the target's last states; asked [P]
+    int64, on the CPU and ascending: the row of `teacher` that each slot is compared with; labels
+    [P] int64; weights [P]."""
 
     hidden: Tensor
     latent: Tensor
     teacher: Tensor
+    asked: Tensor
     labels: Tensor
     weights: Tensor
 
@@ -76,6 +87,7 @@ class _SlotLosses(Function):
         hidden: Tensor,
         latent: Tensor,
         teacher: Tensor,
+        asked: Tensor,
         labels: Tensor,
         weights: Tensor,
         head: Tensor,
@@ -88,7 +100,7 @@ class _SlotLosses(Function):
         right, agrees = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
         grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
         grad_correction = torch.zeros_like(correction, dtype=dtype)
-        added = correction.to(head.dtype)
+        added, rows = correction.to(head.dtype), to_device(asked, hidden.device)
         for part in chunks(
             len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device,
             max_elements=WIDE_ELEMENTS,
@@ -96,11 +108,13 @@ class _SlotLosses(Function):
             narrow, weight = latent[part].to(head.dtype), weights[part, None]
             logits = hidden[part].to(head.dtype) @ head.T
             logits.addmm_(narrow, added.T)
-            wanted = teacher[part].to(head.dtype) @ head.T
+            first, last = asked[part][[0, -1]].tolist()
+            wanted = teacher[first : last + 1].to(head.dtype) @ head.T
             found = Found(losses[part], distances[part], right[part], agrees[part])
             slope = compare(
-                logits, wanted, labels[part], found, (ce_weight, l1_weight), gradients=gradients
-            )
+                logits, Teacher(wanted, rows[part] - first), labels[part], found,
+                (ce_weight, l1_weight), gradients=gradients,
+            )  # fmt: skip
             del logits, wanted
             if gradients:
                 # Weights only scale the rows, and the narrow side of a product is the cheap one.
@@ -119,38 +133,38 @@ class _SlotLosses(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, latent, correction = ((part * grad).to(part.dtype) for part in ctx.saved_tensors)
-        return hidden, latent, None, None, None, None, correction, None
+        return hidden, latent, None, None, None, None, None, correction, None
 
 
 def compare(
     logits: Tensor,
-    wanted: Tensor,
+    teacher: Teacher,
     labels: Tensor,
     found: Found,
     loss_weights: tuple[float, float],
     *,
     gradients: bool,
 ) -> Tensor:
-    """Compare logits [R, V] with labels [R] and with the target's logits `wanted` [R, V].
+    """Compare logits [N, V] with labels [N] and with the target's logits of `teacher`.
 
     Fills `found`; returns the gradient of loss_weights @ (cross entropy, distance) in the logits
-    [R, V], of their type, if `gradients` are wanted. Both sides' logits are given up.
+    [N, V], of their type, if `gradients` are wanted. The logits are given up.
     """
     if choice.fused(logits):
         from colospec.draft.kernels.distance import distance_
 
-        distance_(logits, wanted, labels, found, loss_weights, gradients=gradients)
+        distance_(logits, teacher, labels, found, loss_weights, gradients=gradients)
         return logits
     dtype, label = found.distance.dtype, labels.unsqueeze(1)
     ce_weight, l1_weight = loss_weights
-    wide, target = logits.to(dtype), wanted.to(dtype)
+    wide, target = logits.to(dtype), teacher.logits.to(dtype)
     best = wide.argmax(-1)
     found.right.copy_(best == labels)
-    found.agrees.copy_(best == target.argmax(-1))
+    found.agrees.copy_(best == target.argmax(-1)[teacher.rows])
     norm = wide.logsumexp(-1, keepdim=True)
     found.cross_entropy.copy_((norm - wide.gather(1, label)).squeeze(1))
     odds = wide.sub_(norm).exp_()
-    gap = torch.softmax(target, dim=-1).neg_().add_(odds)
+    gap = torch.softmax(target, dim=-1)[teacher.rows].neg_().add_(odds)
     found.distance.copy_(gap.abs().sum(-1))
     if not gradients:
         return logits

@@ -22,7 +22,7 @@ from colospec.draft.alignment import to_device
 from colospec.draft.anchors import Blocks
 from colospec.draft.base import Choose, LossTerms, StepContext
 from colospec.draft.dflash.backbone import BlockBackbone
-from colospec.draft.dflash.labels import block_text, shift_labels
+from colospec.draft.dflash.labels import block_text, share_rows, shift_labels
 from colospec.draft.dspark.config import DSparkConfig
 from colospec.draft.dspark.heads import ConfidenceHead, MarkovHead
 from colospec.draft.dspark.losses import Rows, SlotLosses, slot_losses
@@ -67,7 +67,8 @@ class DSpark(BlockBackbone):
         config, last = self.config, batch.features.last_hidden_states
         assert last is not None
         anchors, plain = self.sample_blocks(batch.tokens, context.generator)
-        planned, rows = shift_labels(batch.tokens, anchors, plain, unbroken=True)
+        shifted, rows = shift_labels(batch.tokens, anchors, plain, unbroken=True)
+        planned, rows, asked = share_rows(shifted, rows)
         previous = block_text(batch.tokens, anchors, size=config.block_size)
         blocks = planned.to(last.device)
         hidden = self.norm(self.unroll(batch.features.aux_hidden_states, blocks))
@@ -77,7 +78,7 @@ class DSpark(BlockBackbone):
         weights = self.decay(blocks.places, torch.promote_types(hidden.dtype, torch.float32))
         teacher = last.index_select(0, to_device(rows, last.device))
         losses = slot_losses(
-            Rows(hidden, latent, teacher, blocks.labels, weights),
+            Rows(hidden, latent, teacher, asked, blocks.labels, weights),
             self.frozen_head,
             self.markov_head.markov_w2.weight,
             ce_weight=config.ce_weight,

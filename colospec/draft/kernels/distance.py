@@ -18,19 +18,19 @@ from torch import Tensor
 from colospec.draft.kernels.cross_entropy import BLOCK, NUM_WARPS, log_sum_exp
 
 if TYPE_CHECKING:
-    from colospec.draft.dspark.losses import Found
+    from colospec.draft.dspark.losses import Found, Teacher
 
 
 def distance_(
     logits: Tensor,
-    wanted: Tensor,
+    teacher: Teacher,
     labels: Tensor,
     found: Found,
     loss_weights: tuple[float, float],
     *,
     gradients: bool,
 ) -> None:
-    """Compare logits [R, V] with labels [R] int64 and with the target's logits `wanted` [R, V].
+    """Compare logits [R, V] with labels [R] int64 and with the target's logits of `teacher`.
 
     Writes to `found`: cross_entropy and distance [R] float32, the sum of |q - p|; right and agrees
     [R] bool, whether the first of the largest logits is the label, and is the target's. With
@@ -38,7 +38,7 @@ def distance_(
     """
     if len(logits):
         _distance_kernel[(len(logits),)](
-            logits, wanted, labels, *found,
+            logits, *teacher, labels, *found,
             ce_weight=loss_weights[0], l1_weight=loss_weights[1], num_columns=logits.shape[1],
             gradients=gradients, block=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -51,6 +51,7 @@ def distance_(
 def _distance_kernel(
     logits: tl.tensor,
     wanted: tl.tensor,
+    teacher_rows: tl.tensor,
     labels: tl.tensor,
     cross_entropies: tl.tensor,
     distances: tl.tensor,
@@ -64,7 +65,7 @@ def _distance_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * num_columns
-    wanted += row * num_columns
+    wanted += tl.load(teacher_rows + row) * num_columns
     label = tl.load(labels + row).to(tl.int32)
     chosen = tl.load(logits + label).to(tl.float32)
     norm_q, first_q = log_sum_exp(logits, num_columns, block)
