@@ -13,6 +13,7 @@ import torch
 from tests import tiny
 from tests.gpu import machine
 from tests.jobs.start import job, losses, wait_for
+from tests.jobs.test_dflash import of_dflash
 from tests.jobs.test_resume import kill_after, weights
 from tests.torchrun import PROGRAMS, command, pids_of, run
 
@@ -81,6 +82,20 @@ def test_a_run_killed_with_everything_goes_on_at_once_and_gives_the_same(whole, 
     output = job(2, "+mode=colocate", *words, timeout_s=TIMEOUT_S)
     assert "resume:" in output
     same(run_dir, whole)
+
+
+def test_a_killed_run_of_dflash_draws_its_anchors_anew_and_gives_the_same(gpu_job, tmp_path):
+    words = [*of_dflash(gpu_job), *REPEATABLE]
+    job(2, "+mode=colocate", *words, f"run_dir={tmp_path}/whole", timeout_s=TIMEOUT_S)
+    words.append(f"run_dir={tmp_path}/run")
+    kill_after(
+        command(2, "-m", "colospec.run", "+mode=colocate", *words),
+        lambda process: wait_for(tmp_path / "run/metrics.jsonl", '"step": 9,', process, TIMEOUT_S),
+        pids_of,
+    )
+    output = job(2, "+mode=colocate", *words, timeout_s=TIMEOUT_S)
+    assert "resume:" in output
+    same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("victim", [0, 1])
