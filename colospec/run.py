@@ -126,7 +126,7 @@ def task(cfg: DictConfig) -> float | None:
     log.to_console()
     try:
         return start(cfg)
-    except (ValueError, launch.JobFailed) as error:
+    except (ValueError, TimeoutError, launch.JobFailed) as error:
         if not is_first_of_node():
             sys.exit(f"error: {error}")  # said if the first of the node has nothing to say
         say(str(error))

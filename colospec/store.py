@@ -12,11 +12,14 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistStoreError, PrefixStore, Store
+from torch.distributed import DistError, DistStoreError, PrefixStore, Store
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
 ERROR_KEY = "error/first"
 STOP_KEY = "stop"
+AGENT_S = 60.0
+"""How long the store of a torchrun may take to answer."""
 
 
 def stop_key(node: int) -> str:
@@ -31,9 +34,23 @@ class JobStore:
         self._store = store
 
     @classmethod
-    def connect(cls) -> JobStore:
-        """Join the store that torchrun's environment variables name (all ranks)."""
-        store, _, _ = next(rendezvous("env://"))
+    def connect(cls, *, timeout_s: float) -> JobStore:
+        """Join the store that torchrun's environment variables name (all ranks).
+
+        Raises TimeoutError where it does not answer.
+        """
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # It was there before any rank: one that does not answer is gone.
+            timeout_s = min(timeout_s, AGENT_S)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        except DistError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise TimeoutError(
+                f"torchrun's store at {address} did not answer within {timeout_s:g} s: the first "
+                "node has ended the job, or cannot be reached from here; see what it said"
+            ) from error
+        store.set_timeout(default_pg_timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"colospec/{attempt}", store))
 

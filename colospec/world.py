@@ -34,7 +34,7 @@ class World:
         self.place = place
         self.limit = limit
         self.device = torch.device(place.device)
-        self.store = JobStore.connect()
+        self.store = JobStore.connect(timeout_s=limit.start_s)
         self.watchdog = Watchdog(self.store.clone(), place, topology.local(place.node))
 
     @property
@@ -91,6 +91,8 @@ class World:
 @contextmanager
 def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
     """Join the job as the rank that torchrun's environment names.
+
+    Raises TimeoutError where torchrun's store does not answer within `limit.start_s`.
 
     An exception that leaves the body becomes the first error of the job, and the process ends with
     code 1; when another rank failed first, that error is reported instead.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -52,3 +53,16 @@ def test_restarts_by_torchrun_are_refused_on_several_nodes(tiny_job, tmp_path):
     assert code != 0
     assert "--max-restarts=1 works on one node" in output
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_rank_whose_first_node_has_gone_says_whom_it_waited_for(tiny_job, tmp_path):
+    port = free_port()
+    facts = {"RANK": 2, "LOCAL_RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 1}
+    env = {name: str(value) for name, value in facts.items()}
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "gone"}
+    env["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    words = [sys.executable, "-m", "colospec.run", "+mode=colocate", *tiny_job]
+    code, output, _ = run([*words, "limit.start_s=1", f"run_dir={tmp_path}/run"], 90, env=env)
+    assert code == 1
+    assert f"error: torchrun's store at 127.0.0.1:{port} did not answer within 1 s" in output
+    assert "Traceback" not in output
