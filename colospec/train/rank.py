@@ -208,6 +208,7 @@ def _be_trainer(job: Job, world: World, run_dir: Path) -> int:
         source = AlternateSource(job, world, engine, start)
         target = LocalTarget(engine, world.device)
     else:
+        trainer.warm_up()
         source = Reader(
             world.store,
             str(world.place.role_rank),

@@ -45,6 +45,7 @@ from colospec.train.report import Reporter, StepTimes, check_best_metric
 from colospec.train.result import write_result
 from colospec.train.same_run import check_same_run
 from colospec.train.stop import StopRequestedError, StopVote
+from colospec.train.warm_up import warm_up
 from colospec.world import World
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One trainer rank: draft, optimizer, checkpoints and reports.
 
-    Life: construct, `resume`, `train`, `finish`. Every call is made by all trainer ranks.
+    Life: construct, `resume`, `warm_up` if there is time, `train`, `finish`. Every call is made by
+    all trainer ranks.
     """
 
     def __init__(self, job: Job, world: World, run_dir: Path) -> None:
@@ -119,6 +121,11 @@ class Trainer:
             found, self.position.step, self.position.epoch, self.position.micro_batch,
         )  # fmt: skip
         return self.position
+
+    def warm_up(self) -> None:
+        """Do early what a first step does once; the draft and its optimizer stay as they are."""
+        warm_up(self.draft, self.job, self.position, self.world.device)
+        self.optimizer.zero_grad()
 
     def _resume_wish(self) -> str:
         """Return run.resume; after a restart by torchrun, this run's own checkpoints come first."""

@@ -1,0 +1,40 @@
+"""A step before the first one, while the engine still loads its model."""
+
+from __future__ import annotations
+
+import torch
+
+from colospec.batch import Cursor, FeatureBatch, Features, FeatureSpec
+from colospec.draft.base import DraftModel, StepContext
+from colospec.train.job import Job, Start
+
+
+def warm_up(draft: DraftModel, job: Job, start: Start, device: torch.device) -> None:
+    """Go forward and backward on one sample with random features (every trainer).
+
+    Kernels are compiled and the trainers' communicators made by then. Only gradients stay, for the
+    caller to drop: no generator that a run goes on with is used.
+    """
+    step = next(job.steps(start), None)
+    samples = [] if step is None else [sample for part in step.bins for sample in part]
+    if step is None or not samples:
+        return
+    tokens = job.dataset.batch(Cursor(step.epoch, step.micro_batch, step.step), samples[:1])
+    context = StepContext(
+        step=step.step,
+        total_steps=job.total_steps,
+        num_loss_tokens=step.num_loss_tokens,
+        generator=torch.Generator().manual_seed(0),
+    )
+    features = random_features(job.spec, tokens.num_tokens, device)
+    draft(FeatureBatch(tokens, features), context).loss.backward()
+
+
+def random_features(spec: FeatureSpec, num_tokens: int, device: torch.device) -> Features:
+    """Return normal features of T = `num_tokens` tokens as `spec` asks for them."""
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = [
+        torch.randn(num_tokens, part.width, dtype=part.dtype, device=device, generator=generator)
+        for part in spec.tensors()
+    ]
+    return Features(tensors[0], tensors[1] if spec.last_hidden_states else None)
