@@ -44,6 +44,7 @@ from colospec.train.produce import load_engine
 from colospec.train.rank import enter_gpu, limit_memory
 from colospec.train.stop import StopVote
 from colospec.train.trainer import Trainer
+from colospec.train.warm_up import random_features
 from colospec.world import World, open_world
 
 OUTSIDE = 0.05
@@ -163,12 +164,9 @@ class TrainerSide:
         self._job, self._world, self._plan = job, world, plan
         self._clock = Clock(world.device)
         self._trainer = Trainer(job, world, Path(plan["directory"]) / "run")
-        self._features = buffers(job, world.device)
-        generator = torch.Generator(world.device).manual_seed(world.place.rank)
-        for tensor in (self._features.aux_hidden_states, self._features.last_hidden_states):
-            if tensor is not None:
-                tensor.normal_(generator=generator)
+        self._features = random_features(job.spec, job.run.data.token_budget, world.device)
         self.kept_share = self._keep_every_position()
+        self._trainer.warm_up()
         self._reader = Reader(
             world.store, *ring_place(job, world), lease=job.run.ring.lease.value,
             **ring_settings(job, world),
