@@ -25,6 +25,11 @@ PEAK = {"NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12}
 """Dense bfloat16 operations per second, by the data sheet."""
 
 
+ATTENTION = 3.5
+"""What a step of flash attention costs against its forward pass; backward computes the scores once
+more."""
+
+
 @dataclass(frozen=True)
 class Supervised:
     """What the vocabulary heads are applied to: `teacher_rows` once by the target's, `positions` of
@@ -123,7 +128,7 @@ def eagle3_parts(
     teacher = 2.0 * width * target.vocab_size * supervised.teacher_rows
     return {
         "loss": head * supervised.positions + teacher,
-        "attention": 3.5 * attention(target, lengths) * ttt_length,
+        "attention": ATTENTION * attention(target, lengths) * ttt_length,
         "layer": 6.0 * draft_layer_parameters(target) * num_tokens * ttt_length,
         "projection": 4.0 * num_aux * width**2 * num_tokens,
     }
@@ -138,7 +143,7 @@ def block_layers(target: Target, drafted: Drafted, *, num_layers: int, num_aux: 
     width, kv_width = target.hidden_size, target.num_key_value_heads * target.head_dim
     slots = 6.0 * layer_parameters(target) * drafted.slots
     context = 6.0 * 2 * width * kv_width * drafted.context_rows
-    attended = 3.5 * 4.0 * target.num_attention_heads * target.head_dim * drafted.pairs
+    attended = ATTENTION * 4.0 * target.num_attention_heads * target.head_dim * drafted.pairs
     projection = 4.0 * num_aux * width**2 * drafted.context_rows
     return num_layers * (slots + context + attended) + projection
 
@@ -193,11 +198,9 @@ def peagle(
     attended += 4.0 * target.num_attention_heads * target.head_dim * pairs
     parameters = draft_layer_parameters(target) + (num_layers - 1) * layer_parameters(target)
     width, learning = target.hidden_size, places.learning
-    # Half of what the first layer's attention reads are embeddings, which need no gradient.
-    embedded = draft_layer_parameters(target) - layer_parameters(target)
     return (
-        (6.0 * parameters - 2.0 * embedded) * number
-        + 3.5 * attended * num_layers
+        6.0 * parameters * number
+        + ATTENTION * attended * num_layers
         + 4.0 * num_aux * width**2 * first
         + 6.0 * width * (draft_vocab_size or target.vocab_size) * len(learning.positions)
         + 2.0 * width * target.vocab_size * len(learning.teacher_rows)

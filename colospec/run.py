@@ -94,9 +94,14 @@ def start(cfg: DictConfig) -> float | None:
         return None
     if under_torchrun():
         check_restarts(run)
+        from colospec.store import StoreUnreachable
         from colospec.train.rank import run_rank
 
-        if code := run_rank(run, topology, Path(run_dir)):
+        try:
+            code = run_rank(run, topology, Path(run_dir))
+        except StoreUnreachable as error:
+            raise launch.JobFailed(str(error)) from error
+        if code:
             sys.exit(code)
         return None
     overrides = [o for o in hydra_config.overrides.task if not o.lstrip("+").startswith("sweep=")]
@@ -126,7 +131,7 @@ def task(cfg: DictConfig) -> float | None:
     log.to_console()
     try:
         return start(cfg)
-    except (ValueError, TimeoutError, launch.JobFailed) as error:
+    except (ValueError, launch.JobFailed) as error:
         if not is_first_of_node():
             sys.exit(f"error: {error}")  # said if the first of the node has nothing to say
         say(str(error))

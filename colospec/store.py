@@ -22,6 +22,10 @@ AGENT_S = 60.0
 """How long the store of a torchrun may take to answer."""
 
 
+class StoreUnreachable(RuntimeError):
+    """There is no way to join the job."""
+
+
 def stop_key(node: int) -> str:
     """Return the key that says that a rank of `node` was asked to stop; set before STOP_KEY."""
     return f"{STOP_KEY}/{node}"
@@ -37,19 +41,22 @@ class JobStore:
     def connect(cls, *, timeout_s: float) -> JobStore:
         """Join the store that torchrun's environment variables name (all ranks).
 
-        Raises TimeoutError where it does not answer.
+        Raises StoreUnreachable where that fails.
         """
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        fault = f"the ranks did not all join torchrun's store at {address}"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # It was there before any rank: one that does not answer is gone.
             timeout_s = min(timeout_s, AGENT_S)
+            fault = (
+                f"torchrun's store at {address} did not answer: the first node has ended the job, "
+                "or cannot be reached from here; see what it said"
+            )
         try:
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
         except DistError as error:
-            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise TimeoutError(
-                f"torchrun's store at {address} did not answer within {timeout_s:g} s: the first "
-                "node has ended the job, or cannot be reached from here; see what it said"
-            ) from error
+            said = str(error).splitlines()[0]
+            raise StoreUnreachable(f"{fault} (after {timeout_s:g} s: {said})") from error
         store.set_timeout(default_pg_timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return cls(PrefixStore(f"colospec/{attempt}", store))

@@ -92,7 +92,7 @@ class World:
 def open_world(topology: Topology, limit: LimitConfig) -> Iterator[World]:
     """Join the job as the rank that torchrun's environment names.
 
-    Raises TimeoutError where torchrun's store does not answer within `limit.start_s`.
+    Raises StoreUnreachable where torchrun's store does not answer within `limit.start_s`.
 
     An exception that leaves the body becomes the first error of the job, and the process ends with
     code 1; when another rank failed first, that error is reported instead.

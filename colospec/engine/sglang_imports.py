@@ -44,6 +44,8 @@ def prepare(device_type: str, *, also_absent: Sequence[str] = ()) -> None:
     if "sglang.srt.model_executor.model_runner" in sys.modules:
         return
     os.environ.setdefault("SGLANG_USE_MESSAGE_QUEUE_BROADCASTER", "false")
+    # GPUs whose free memory differs: beside trainers they always may.
+    os.environ.setdefault("SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK", "false")
     names = [*ABSENT_ANYWHERE, *also_absent]
     if device_type == "cpu":
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"

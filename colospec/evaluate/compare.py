@@ -70,14 +70,14 @@ class Comparison:
             padding=(0, 1, 0, 0),
             caption="saved: target forward passes; loops, saved, tok/s, exact: greedy",
         )
-        rows = {name: self._cells(one) for name, one in self.drafters.items()}
-        rows["none"] = self._plain_cells()
+        rows = [(name, self._cells(one)) for name, one in self.drafters.items()]
+        plain = self._plain_cells()
         # A column that no drafter has a number for is not shown.
-        names = [name for name in rows["none"] if any(rows[one][name] for one in self.drafters)]
+        names = [name for name in plain if any(cells[name] for _, cells in rows)]
         table.add_column("drafter", no_wrap=True)
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
-        for drafter, cells in rows.items():
+        for drafter, cells in [*rows, ("none", plain)]:
             table.add_row(drafter, *(cells[name] or "-" for name in names))
         return table
 
@@ -108,8 +108,8 @@ class Comparison:
         }
 
     def _temperature(self) -> str:
-        sampled = next(iter(self.drafters.values())).sampled
-        return f"T={sampled.temperature:g}" if sampled else ""
+        sampled = [one.sampled for one in self.drafters.values() if one.sampled]
+        return f"T={sampled[0].temperature:g}" if sampled else "sampled"
 
     def _report(self, one: DrafterReport) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -124,8 +125,10 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Do early what a first step does once; the draft and its optimizer stay as they are."""
+        began = time.monotonic()
         warm_up(self.draft, self.job, self.position, self.world.device)
         self.optimizer.zero_grad()
+        log.debug("warmed up in %.1f s", time.monotonic() - began)
 
     def _resume_wish(self) -> str:
         """Return run.resume; after a restart by torchrun, this run's own checkpoints come first."""

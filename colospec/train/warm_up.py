@@ -10,7 +10,8 @@ from colospec.train.job import Job, Start
 
 
 def warm_up(draft: DraftModel, job: Job, start: Start, device: torch.device) -> None:
-    """Go forward and backward on one sample with random features (every trainer).
+    """Go forward and backward on random features of the sample of the first step that supervises
+    most, the same one on every trainer.
 
     Kernels are compiled and the trainers' communicators made by then. Only gradients stay, for the
     caller to drop: no generator that a run goes on with is used.
@@ -19,7 +20,8 @@ def warm_up(draft: DraftModel, job: Job, start: Start, device: torch.device) -> 
     samples = [] if step is None else [sample for part in step.bins for sample in part]
     if step is None or not samples:
         return
-    tokens = job.dataset.batch(Cursor(step.epoch, step.micro_batch, step.step), samples[:1])
+    sample = max(samples, key=job.dataset.num_loss_tokens.__getitem__)
+    tokens = job.dataset.batch(Cursor(step.epoch, step.micro_batch, step.step), [sample])
     context = StepContext(
         step=step.step,
         total_steps=job.total_steps,

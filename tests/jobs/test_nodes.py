@@ -64,5 +64,5 @@ def test_a_rank_whose_first_node_has_gone_says_whom_it_waited_for(tiny_job, tmp_
     words = [sys.executable, "-m", "colospec.run", "+mode=colocate", *tiny_job]
     code, output, _ = run([*words, "limit.start_s=1", f"run_dir={tmp_path}/run"], 90, env=env)
     assert code == 1
-    assert f"error: torchrun's store at 127.0.0.1:{port} did not answer within 1 s" in output
+    assert f"error: torchrun's store at 127.0.0.1:{port} did not answer" in output
     assert "Traceback" not in output

@@ -44,8 +44,13 @@ def first_gradients(run_dir, file):
 
 
 def test_alternate_is_bit_equal_to_colocate(one_trainer, tiny_job, tmp_path):
+    """Though the trainer of the latter has gone through a step before, while it waited."""
     run_dir = tmp_path / "run"
     job(1, "+mode=alternate", *tiny_job, *words(run_dir, 2))
+    warm = [
+        (path / "log/rank0.log").read_text().count("warmed up") for path in (one_trainer, run_dir)
+    ]
+    assert warm == [1, 0]
     assert losses(run_dir) == losses(one_trainer)
     assert losses(run_dir, "train/grad_norm") == losses(one_trainer, "train/grad_norm")
     assert len(losses(run_dir)) == STEPS

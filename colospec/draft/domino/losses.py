@@ -42,8 +42,8 @@ def pair_losses(
     for float64 states).
 
     hidden [P, H], normed, and the frozen head [V, H] make the base logits; latent [P, E] and
-    correction [V, E] are added. labels [P] int64; weights [P]. At most `chunk_tokens` slots at a
-    time have logits; None is CHUNK_TOKENS of the device.
+    correction [V, E] are added, all in the head's type. labels [P] int64; weights [P]. At most
+    `chunk_tokens` slots at a time have logits; None is CHUNK_TOKENS of the device.
     """
     settings = base_share, chunk_tokens, torch.is_grad_enabled()
     found = _PairLosses.apply(hidden, latent, head, correction, labels, weights, settings)  # type: ignore[no-untyped-call]

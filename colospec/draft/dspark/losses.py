@@ -71,7 +71,8 @@ def slot_losses(
     l1_weight: float,
     chunk_tokens: int | None,
 ) -> SlotLosses:
-    """Return the losses of all slots under the frozen `head` [V, H] and `correction` [V, R].
+    """Return the losses of all slots under the frozen `head` [V, H] and `correction` [V, R], whose
+    products are both of the head's type.
 
     Losses are float32 (float64 for float64 states). At most `chunk_tokens` slots at a time have
     logits; None is CHUNK_TOKENS of the device.
@@ -100,14 +101,16 @@ class _SlotLosses(Function):
         right, agrees = (torch.empty_like(labels, dtype=torch.bool) for _ in range(2))
         grad_hidden, grad_latent = torch.empty_like(hidden), torch.empty_like(latent)
         grad_correction = torch.zeros_like(correction, dtype=dtype)
-        added, rows = correction.to(head.dtype), to_device(asked, hidden.device)
+        rows = to_device(asked, hidden.device)
+        # One product for both parts: logits are rounded once.
+        wide = torch.cat([head, correction.to(head.dtype)], dim=1)
+        width = head.shape[1]
         for part in chunks(
             len(hidden), width=len(head), chunk_tokens=chunk_tokens, device=hidden.device,
             max_elements=WIDE_ELEMENTS,
         ):  # fmt: skip
-            narrow, weight = latent[part].to(head.dtype), weights[part, None]
-            logits = hidden[part].to(head.dtype) @ head.T
-            logits.addmm_(narrow, added.T)
+            weight, narrow = weights[part, None], latent[part].to(head.dtype)
+            logits = torch.cat([hidden[part].to(head.dtype), narrow], dim=1) @ wide.T
             first, last = asked[part][[0, -1]].tolist()
             wanted = teacher[first : last + 1].to(head.dtype) @ head.T
             found = Found(losses[part], distances[part], right[part], agrees[part])
@@ -118,8 +121,8 @@ class _SlotLosses(Function):
             del logits, wanted
             if gradients:
                 # Weights only scale the rows, and the narrow side of a product is the cheap one.
-                grad_hidden[part] = (slope @ head) * weight
-                grad_latent[part] = (slope @ added) * weight
+                grad = (slope @ wide) * weight
+                grad_hidden[part], grad_latent[part] = grad[:, :width], grad[:, width:]
                 grad_correction += slope.T @ (narrow * weight).to(head.dtype)
             # Or two chunks would live while the next one is computed.
             del slope
