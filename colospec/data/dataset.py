@@ -137,7 +137,10 @@ def prepare(
                 )
                 log.info("tokenising %s with %d processes", config.path, num_workers)
                 encoded = encode_chunks(
-                    read_chunks(files), tokenizer_path, options, num_workers=num_workers
+                    read_chunks(files, setting=setting),
+                    tokenizer_path,
+                    options,
+                    num_workers=num_workers,
                 )
                 cache.build(directory, _shown(encoded, progress), vocab_size=vocab_size)
     dataset = Dataset(directory, fingerprint=fingerprint)

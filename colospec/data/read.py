@@ -86,15 +86,22 @@ def find_files(path: Path, *, setting: str = "data.path") -> list[Path]:
     return files
 
 
-def read_chunks(files: list[Path]) -> Iterator[Chunk]:
-    """Read all rows of all files, in order; raises ValueError for a file that cannot be read."""
+class Unusable(Exception):
+    """What is wrong with a file that can be read."""
+
+
+def read_chunks(files: list[Path], *, setting: str = "data.path") -> Iterator[Chunk]:
+    """Read all rows of all files, in order; raises ValueError for a file that cannot be read, of
+    those that `setting` stands for."""
     total = sum(file.stat().st_size for file in files) or 1
     for file in files:
         try:
             yield from READERS[file.suffix](file, file.stat().st_size / total)
+        except Unusable as fault:
+            raise ValueError(f"{file} (of {setting}) {fault}") from fault
         except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{file} is not a readable {file.suffix} file: {error}; "
+                f"{file} (of {setting}) is not a readable {file.suffix} file: {error}; "
                 "repair it, or remove it from the directory"
             ) from error
 
@@ -137,8 +144,8 @@ def _read_json(file: Path, share: float) -> Iterator[Chunk]:
     if isinstance(rows, dict):
         rows = rows.get("data", [rows])
     if not isinstance(rows, list):
-        raise ValueError(
-            f"{file} must hold a JSON array of rows or an object whose data is one; "
+        raise Unusable(
+            "must hold a JSON array of rows or an object whose data is one; "
             "a file with one object per line is a .jsonl file"
         )
     for start in range(0, len(rows), CHUNK_ROWS):
@@ -158,7 +165,7 @@ def _holds_lines(file: Path) -> bool:
 
 def _read_parquet(file: Path, share: float) -> Iterator[Chunk]:
     with pq.ParquetFile(file) as parquet:
-        columns = _columns(file, parquet.schema_arrow)
+        columns = _columns(parquet.schema_arrow)
         num_rows = parquet.metadata.num_rows or 1
         batches = parquet.iter_batches(CHUNK_ROWS, columns=columns)
         yield from _chunks(file, batches, share / num_rows)
@@ -170,15 +177,15 @@ def _read_arrow(file: Path, share: float) -> Iterator[Chunk]:
         is_file = source.read(6) == b"ARROW1"
         source.seek(0)
         table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(source).read_all()
-        table = table.select(_columns(file, table.schema))
+        table = table.select(_columns(table.schema))
         batches = table.to_batches(max_chunksize=CHUNK_ROWS)
         yield from _chunks(file, iter(batches), share / (table.num_rows or 1))
 
 
-def _columns(file: Path, schema: pa.Schema) -> list[str]:
+def _columns(schema: pa.Schema) -> list[str]:
     if not set(FIELDS) & set(schema.names):
-        raise ValueError(
-            f"{file} has no column named {', '.join(FIELDS)}; "
+        raise Unusable(
+            f"has no column named {', '.join(FIELDS)}; "
             f"it has {', '.join(schema.names)}: rename the one with the chats"
         )
     return [name for name in COLUMNS if name in schema.names]

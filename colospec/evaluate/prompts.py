@@ -60,7 +60,7 @@ def read_prompts(
 
 
 def _rows(path: Path) -> Iterator[Any]:
-    for chunk in read_chunks(find_files(path, setting="--prompts")):
+    for chunk in read_chunks(find_files(path, setting="--prompts"), setting="--prompts"):
         for _, row in chunk.parsed():
             yield row
 

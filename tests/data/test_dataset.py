@@ -214,7 +214,8 @@ def test_unusable_files_are_errors_that_name_the_path(tmp_path, open_data, name,
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message) as caught:
         open_data(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+    assert name in str(caught.value)
+    assert "data.path" in str(caught.value)
 
 
 def test_unusable_directories_and_columns_are_errors(tmp_path, open_data):
@@ -256,6 +257,11 @@ def test_errors_name_the_setting_that_the_data_came_from(tmp_path, tokenizer_dir
     for path in (tmp_path / "none.jsonl", rows.write_lines(tmp_path / "bad.jsonl", [{"txt": 1}])):
         with pytest.raises(ValueError, match=rf"data\.held_out_path={path}"):
             open_held_out(path)
+    broken = tmp_path / "rows.json"
+    for content in ("[{]", '{"data": 5}'):
+        broken.write_text(content)
+        with pytest.raises(ValueError, match=rf"^{broken} \(of data\.held_out_path\) "):
+            open_held_out(broken)
 
 
 def test_a_missing_tokenizer_is_an_error_that_names_the_directory(tmp_path):
