@@ -91,7 +91,9 @@ def train_blocks_sharded(rank, name):
         denominator += terms.denominator
     dist.all_reduce(denominator)
     norm = clip_and_step(optimizer, 1.0, denominator)
-    return norm.item(), {n: p.full_tensor().detach().numpy() for n, p in draft.named_parameters()}
+    found = list(draft.named_parameters())
+    gradients = {name: p.grad.full_tensor().numpy() for name, p in found}
+    return norm.item(), gradients, {name: p.full_tensor().detach().numpy() for name, p in found}
 
 
 @pytest.mark.parametrize("name", ["dflash", "dspark", "domino", "peagle"])
@@ -108,9 +110,13 @@ def test_a_loss_whose_denominator_is_known_last_trains_as_in_one_process(name):
     told = {name: (size >= 1e-4 * size.max()) | (size == 0) for name, size in sizes.items()}
     optimizer = build_optimizer(draft, TrainerConfig(lr=0.1))
     norm = clip_and_step(optimizer, 1.0)
-    for found, parameters in results:
+    for found, grads, parameters in results:
         assert abs(found - norm.item()) < 1e-5 * norm.item()
         for key, parameter in draft.named_parameters():
+            torch.testing.assert_close(
+                torch.from_numpy(grads[key]), parameter.grad,
+                rtol=1e-4, atol=1e-6 * parameter.grad.abs().max().item(),
+            )  # fmt: skip
             assert told[key].float().mean() > 0.9
             torch.testing.assert_close(
                 torch.from_numpy(parameters[key])[told[key]], parameter.detach()[told[key]],
