@@ -54,6 +54,28 @@ def log_sum_exp(
     return top + tl.log(tl.sum(total, 0)), first
 
 
+@triton.jit
+def compare_label(
+    logits: tl.tensor,
+    row: tl.tensor,
+    labels: tl.tensor,
+    losses: tl.tensor,
+    right: tl.tensor,
+    num_columns: tl.constexpr,
+    block: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Write the cross entropy of `row`, whose logits begin at `logits`, and whether its label is
+    the best token; return the label, the log-sum-exp and the best token."""
+    label = tl.load(labels + row).to(tl.int32)
+    chosen = tl.load(logits + label).to(tl.float32)
+    norm, best = log_sum_exp(logits, num_columns, block)
+    tl.store(losses + row, norm - chosen)
+    tl.store(right + row, best == label)
+    # All threads have read the label's logit before one of them writes a gradient over it.
+    tl.debug_barrier()
+    return label, norm, best
+
+
 # Chunks begin anywhere in these.
 @triton.jit(do_not_specialize_on_alignment=["labels", "loss", "right"])
 def _cross_entropy_kernel(
@@ -67,17 +89,9 @@ def _cross_entropy_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     logits += row * num_columns
-    label = tl.load(labels + row).to(tl.int32)
-    chosen = tl.load(logits + label).to(tl.float32)
-    lanes = tl.arange(0, block)
-
-    norm, first = log_sum_exp(logits, num_columns, block)
-    tl.store(loss + row, norm - chosen)
-    tl.store(right + row, first == label)
-
+    label, norm, _ = compare_label(logits, row, labels, loss, right, num_columns, block)
     if gradients:
-        # All threads have read the label's logit before one of them writes over it.
-        tl.debug_barrier()
+        lanes = tl.arange(0, block)
         for start in range(0, num_columns, block):
             columns = start + lanes
             inside = columns < num_columns

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from colospec.draft.kernels.cross_entropy import BLOCK, NUM_WARPS, log_sum_exp
+from colospec.draft.kernels.cross_entropy import BLOCK, NUM_WARPS, compare_label, log_sum_exp
 
 if TYPE_CHECKING:
     from colospec.draft.dspark.losses import Found, Teacher
@@ -66,13 +66,11 @@ def _distance_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * num_columns
     wanted += tl.load(teacher_rows + row) * num_columns
-    label = tl.load(labels + row).to(tl.int32)
-    chosen = tl.load(logits + label).to(tl.float32)
-    norm_q, first_q = log_sum_exp(logits, num_columns, block)
-    norm_p, first_p = log_sum_exp(wanted, num_columns, block)
-    tl.store(cross_entropies + row, norm_q - chosen)
-    tl.store(right + row, first_q == label)
-    tl.store(agrees + row, first_q == first_p)
+    label, norm_q, best_q = compare_label(
+        logits, row, labels, cross_entropies, right, num_columns, block
+    )
+    norm_p, best_p = log_sum_exp(wanted, num_columns, block)
+    tl.store(agrees + row, best_q == best_p)
 
     lanes = tl.arange(0, block)
     distance = tl.zeros([block], tl.float32)
@@ -88,8 +86,6 @@ def _distance_kernel(
     mean = tl.sum(drift, 0)
 
     if gradients:
-        # All threads have read the label's logit before one of them writes over it.
-        tl.debug_barrier()
         for start in range(0, num_columns, block):
             columns = start + lanes
             inside = columns < num_columns
