@@ -23,8 +23,6 @@ from colospec.target import Target
 
 PEAK = {"NVIDIA H200": 989.4e12, "NVIDIA H100 80GB HBM3": 989.4e12}
 """Dense bfloat16 operations per second, by the data sheet."""
-
-
 ATTENTION = 3.5
 """What a step of flash attention costs against its forward pass; backward computes the scores once
 more."""
@@ -134,29 +132,19 @@ def eagle3_parts(
     }
 
 
-def block_layers(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
-    """Return what the layers of a block drafter need in a training step, forward and backward:
-    nothing for anchors that do not exist.
+def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
+    """Return a training step, forward and backward: nothing for anchors that do not exist, and the
+    head for supervised slots alone.
 
-    The projection of the target's states costs twice its forward pass: they need no gradient.
+    The frozen head costs twice its forward pass, the projection of the target's states likewise.
     """
     width, kv_width = target.hidden_size, target.num_key_value_heads * target.head_dim
     slots = 6.0 * layer_parameters(target) * drafted.slots
     context = 6.0 * 2 * width * kv_width * drafted.context_rows
     attended = ATTENTION * 4.0 * target.num_attention_heads * target.head_dim * drafted.pairs
     projection = 4.0 * num_aux * width**2 * drafted.context_rows
-    return num_layers * (slots + context + attended) + projection
-
-
-def frozen_head(target: Target, drafted: Drafted) -> float:
-    """Return what the target's head needs for supervised slots: no gradient of its own."""
-    return 4.0 * target.hidden_size * target.vocab_size * drafted.positions
-
-
-def dflash(target: Target, drafted: Drafted, *, num_layers: int, num_aux: int) -> float:
-    """Return a training step: `block_layers` and `frozen_head`."""
-    layers = block_layers(target, drafted, num_layers=num_layers, num_aux=num_aux)
-    return layers + frozen_head(target, drafted)
+    head = 4.0 * width * target.vocab_size * drafted.positions
+    return num_layers * (slots + context + attended) + projection + head
 
 
 def domino(
@@ -256,9 +244,7 @@ def _block_work(flop: float, blocks: Blocks) -> Work:
 
 def _dflash_step(config: Any, target: Target, tokens: TokenBatch) -> Work:
     _, blocks = _anchors(config, tokens)
-    return _block_work(
-        dflash(target, Drafted.of(blocks), **_layers(config, target)), blocks
-    )  # fmt: skip
+    return _block_work(dflash(target, Drafted.of(blocks), **_layers(config, target)), blocks)
 
 
 def _domino_step(config: Any, target: Target, tokens: TokenBatch) -> Work:

@@ -117,6 +117,7 @@ def test_a_step_computes_what_the_formula_says_and_no_more(monkeypatch, name):
 
     work = flops.step(config, target, batch.tokens)
     assert work.counts["supervised_positions"] > 20
+    assert 20 < work.counts.get("blocks", 21) <= 4 * 20 + 1
     assert counter.get_total_flops() == pytest.approx(work.flop, rel=0.1)
     # The plain path pads attention's products, which are all of these.
     found = counter.get_flop_counts()["Global"]
