@@ -78,7 +78,7 @@ class EngineSide:
         self._job, self._world = job, world
         self._clock = Clock(world.device)
         self._engine = load_engine(job, world)
-        self._own = buffers(job, world.device)
+        self._own = Features.empty(job.spec, job.run.data.token_budget, world.device)
         self._sink = Writer(world.store, *ring_place(job, world), **ring_settings(job, world))
         self._alone = self._batches()
         self._for_ring = self._batches()
@@ -225,15 +225,6 @@ class TrainerSide:
         assert last is not None
         tokens = (last[:256].to(head.dtype) @ head.T).argmax(-1)
         return float(draft.t2d[tokens].float().mean())
-
-
-def buffers(job: Job, device: torch.device) -> Features:
-    """Allocate features of a full micro-batch."""
-    tensors = [
-        torch.empty(job.run.data.token_budget, spec.width, dtype=spec.dtype, device=device)
-        for spec in job.spec.tensors()
-    ]
-    return Features(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
 
 def ring_place(job: Job, world: World) -> tuple[Any, ...]:

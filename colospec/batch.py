@@ -157,6 +157,20 @@ class Features:
     aux_hidden_states: Tensor
     last_hidden_states: Tensor | None
 
+    @classmethod
+    def empty(cls, spec: FeatureSpec, num_tokens: int, device: torch.device) -> Features:
+        """Allocate what `spec` asks for, for T = `num_tokens` tokens; it holds anything."""
+        aux, *last = (
+            torch.empty(num_tokens, part.width, dtype=part.dtype, device=device)
+            for part in spec.tensors()
+        )
+        return cls(aux, last[0] if last else None)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return what there is, in the order of `FeatureSpec.tensors`."""
+        aux, last = self.aux_hidden_states, self.last_hidden_states
+        return (aux,) if last is None else (aux, last)
+
     def to(self, device: torch.device | str) -> Features:
         """Copy the tensors to `device`; those that are there already stay as they are."""
         last = self.last_hidden_states

@@ -137,7 +137,9 @@ class HfEngine:
     def _choose_attention(self, vocab_size: int) -> bool:
         """Switch to packed attention if it gives what the stock one gives; tell whether it does."""
         probe = _probe(vocab_size)
-        expected, actual = self._empty(probe.num_tokens), self._empty(probe.num_tokens)
+        expected, actual = (
+            Features.empty(self.spec, probe.num_tokens, self._device) for _ in range(2)
+        )
         self._out = expected
         self._run_one_by_one(probe)
         config: Any = getattr(self._body, "config", None)
@@ -171,13 +173,6 @@ class HfEngine:
         if not worst <= MAX_ERROR[self.spec.dtype]:
             return f"a packed prompt differs from the same prompt alone by {worst:.2g} (relative)"
         return None
-
-    def _empty(self, num_tokens: int) -> Features:
-        aux, *last = (
-            torch.empty(num_tokens, spec.width, dtype=spec.dtype, device=self._device)
-            for spec in self.spec.tensors()
-        )
-        return Features(aux, last[0] if last else None)
 
 
 def decoder_layers(body: nn.Module, hidden_size: int) -> nn.ModuleList:

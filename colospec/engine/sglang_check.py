@@ -105,11 +105,10 @@ def _pack(documents: list[Tensor]) -> TokenBatch:
 
 
 def _empty(settings: EngineSettings, num_tokens: int) -> Features:
-    aux, *last = (
-        torch.full((num_tokens, spec.width), torch.nan, dtype=spec.dtype, device=settings.device)
-        for spec in settings.spec.tensors()
-    )
-    return Features(aux, last[0] if last else None)
+    features = Features.empty(settings.spec, num_tokens, settings.device)
+    for tensor in features.tensors():
+        tensor.fill_(torch.nan)
+    return features
 
 
 def _capture(engine: SglangEngine, tokens: TokenBatch) -> Features:

@@ -170,11 +170,7 @@ def held_out_loss(model: DraftModel, engine: Engine, texts: Sequence[Tensor]) ->
     for token_ids in texts:
         mask = torch.ones(len(token_ids), dtype=torch.bool)
         tokens = TokenBatch.pack(Cursor(0, 0, 0), (0,), [token_ids], [mask])
-        views = [
-            torch.empty(len(token_ids), spec.width, dtype=spec.dtype)
-            for spec in engine.spec.tensors()
-        ]
-        features = Features(views[0], views[1] if len(views) > 1 else None)
+        features = Features.empty(engine.spec, len(token_ids), torch.device("cpu"))
         engine.capture(tokens, features)
         with torch.no_grad():
             context = StepContext(

@@ -218,11 +218,7 @@ class Probe:
 
     def _empty(self) -> FeatureBatch:
         """What the other trainers bring to the forward pass of the sharded draft."""
-        views = [
-            torch.empty(0, spec.width, dtype=spec.dtype, device=self._world.device)
-            for spec in self._job.spec.tensors()
-        ]
-        features = Features(views[0], views[1] if len(views) > 1 else None)
+        features = Features.empty(self._job.spec, 0, self._world.device)
         return FeatureBatch(TokenBatch.pack(Cursor(0, 0, 0), (), (), ()), features)
 
     def _simulate(

@@ -17,9 +17,9 @@ def warm_up(draft: DraftModel, job: Job, start: Start, device: torch.device) -> 
     caller to drop: no generator that a run goes on with is used.
     """
     step = next(job.steps(start), None)
-    samples = [] if step is None else [sample for part in step.bins for sample in part]
-    if step is None or not samples:
+    if step is None:
         return
+    samples = [sample for part in step.bins for sample in part]
     sample = max(samples, key=job.dataset.num_loss_tokens.__getitem__)
     tokens = job.dataset.batch(Cursor(step.epoch, step.micro_batch, step.step), [sample])
     context = StepContext(
@@ -35,8 +35,7 @@ def warm_up(draft: DraftModel, job: Job, start: Start, device: torch.device) -> 
 def random_features(spec: FeatureSpec, num_tokens: int, device: torch.device) -> Features:
     """Return normal features of T = `num_tokens` tokens as `spec` asks for them."""
     generator = torch.Generator(device).manual_seed(0)
-    tensors = [
-        torch.randn(num_tokens, part.width, dtype=part.dtype, device=device, generator=generator)
-        for part in spec.tensors()
-    ]
-    return Features(tensors[0], tensors[1] if spec.last_hidden_states else None)
+    features = Features.empty(spec, num_tokens, device)
+    for tensor in features.tensors():
+        tensor.normal_(generator=generator)
+    return features

@@ -20,11 +20,10 @@ def random_batch(lengths: list[int], *, vocab_size: int, seed: int) -> TokenBatc
 
 def poisoned(engine: Engine, num_tokens: int, device: torch.device) -> Features:
     """Allocate views for `num_tokens` rows, full of NaN."""
-    views = [
-        torch.full((num_tokens, spec.width), float("nan"), dtype=spec.dtype, device=device)
-        for spec in engine.spec.tensors()
-    ]
-    return Features(views[0], views[1] if len(views) == 2 else None)
+    views = Features.empty(engine.spec, num_tokens, device)
+    for tensor in views.tensors():
+        tensor.fill_(torch.nan)
+    return views
 
 
 def capture(engine: Engine, tokens: TokenBatch, device: torch.device) -> Features:

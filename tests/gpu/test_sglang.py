@@ -156,7 +156,7 @@ def _close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def _capture_without_waiting(engine: Any, device: torch.device, seed: int) -> float:
     """Capture where waiting for the device is an error; return seconds of host time a capture."""
     given = batches(seed + 1, 8)
-    views = [_views(engine, tokens.num_tokens, device) for tokens in given]
+    views = [Features.empty(engine.spec, tokens.num_tokens, device) for tokens in given]
     for tokens, out in zip(given, views, strict=True):
         engine.capture(tokens, out)
     torch.cuda.synchronize()
@@ -170,17 +170,9 @@ def _capture_without_waiting(engine: Any, device: torch.device, seed: int) -> fl
         torch.cuda.set_sync_debug_mode("default")
 
 
-def _views(engine: Any, num_tokens: int, device: torch.device) -> Features:
-    aux, last = (
-        torch.empty(num_tokens, spec.width, dtype=spec.dtype, device=device)
-        for spec in engine.spec.tensors()
-    )
-    return Features(aux, last)
-
-
 def _bytes_over_time(engine: Any, device: torch.device, seed: int) -> list[tuple[int, int]]:
     """Return allocated and reserved bytes after 20, 40, ... 200 captures of random lengths."""
-    out = _views(engine, MAX_TOKENS, device)
+    out = Features.empty(engine.spec, MAX_TOKENS, device)
     history = []
     for index, tokens in enumerate(batches(seed + 2, 200)):
         rows = slice(0, tokens.num_tokens)

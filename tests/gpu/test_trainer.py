@@ -51,11 +51,9 @@ class Loop:
 
     def __init__(self, job, device):
         torch.manual_seed(time.time_ns() % 2**31)
-        tensors = [
-            torch.randn(job.run.data.token_budget, spec.width, dtype=spec.dtype, device=device)
-            for spec in job.spec.tensors()
-        ]
-        self.features = Features(*tensors)
+        self.features = Features.empty(job.spec, job.run.data.token_budget, device)
+        for tensor in self.features.tensors():
+            tensor.normal_()
         self.batches = (b for step in job.steps(Start()) for b in job.micro_batches(step, 0))
 
     def acquire(self, *, timeout_s):  # noqa: ARG002
