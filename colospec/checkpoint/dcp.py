@@ -34,6 +34,7 @@ from colospec.checkpoint.manifest import (
     Manifest,
     latest,
     open_checkpoint,
+    read_facts,
     step_name,
     step_of,
 )
@@ -209,7 +210,7 @@ class Checkpointer:
             mine = list(temporary.glob(f"__{rank}_*"))
             if rank == 0:
                 mine.append(temporary / ".metadata")
-            files = {file.name: FileFacts.of(file) for file in mine}
+            files = read_facts(mine)
         except RuntimeError as failure:
             error = str(failure)
         except OSError as failure:

@@ -19,12 +19,14 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+MAX_READERS = 8
 _STEP = re.compile(r"step-(\d{6,})")
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,13 @@ class FileFacts:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
             return cls(file.tell(), digest.hexdigest())
+
+
+def read_facts(paths: list[Path]) -> dict[str, FileFacts]:
+    """Return the facts of files by their names, several read at a time. Raises OSError."""
+    with ThreadPoolExecutor(MAX_READERS) as pool:
+        facts = pool.map(FileFacts.of, paths)
+        return {path.name: fact for path, fact in zip(paths, facts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,11 @@ class Manifest:
                 raise DamagedError(f"{path} is missing")
             if (size := path.stat().st_size) != facts.size:
                 raise DamagedError(f"{path} has {size} bytes, the manifest says {facts.size}")
-        for name, facts in self.files.items() if contents else ():
-            if FileFacts.of(directory / name) != facts:
+        if not contents:
+            return
+        found = read_facts([directory / name for name in self.files])
+        for name, facts in self.files.items():
+            if found[name] != facts:
                 raise DamagedError(f"{directory / name} has a wrong sha256: its bytes have changed")
 
 
@@ -145,7 +157,8 @@ def committed(directory: Path, *, contents: bool = False) -> Iterator[Found]:
 def latest(directory: Path, *, contents: bool = True) -> Found | None:
     """Return the newest whole checkpoint of `directory`, None if there is none.
 
-    `contents` also compares every byte (sha256, about 1 GB/s); without it only names and sizes.
+    `contents` also compares every byte (sha256, about 1 GB/s and file); without it only names and
+    sizes.
     """
     return next(committed(directory, contents=contents), None)
 

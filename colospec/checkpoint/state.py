@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 RNG = "rng"
+# A rank's part goes to one file for every FILE_BYTES of it, all of them written at a time.
+FILE_BYTES = 2**28
+MAX_FILES = 8
 
 
 def stage(value: Any) -> Any:
@@ -49,16 +54,54 @@ def local_bytes(value: Any) -> int:
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes a rank's shards; a full disk is an OSError, which torch.save hides behind its own."""
+    """Writes a rank's shards, each file in a thread of its own; a full disk is an OSError, which
+    torch.save hides behind its own."""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's files. Raises OSError where the disk fails."""
+        """Write this rank's files. Raises OSError where the disk fails.
+
+        torch's own threads would lose the error of one that fails.
+        """
+        parts = [
+            replace(plan, items=items, storage_data=_prefixed(plan.storage_data, number))
+            for number, items in enumerate(_spread(plan.items))
+        ]
+        with ThreadPoolExecutor(len(parts)) as pool:
+            results = pool.map(lambda part: self._write_part(part, planner), parts)
+            written: Future[list[WriteResult]] = Future()
+            written.set_result([result for some in results for result in some])
+            return written
+
+    def _write_part(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(plan, planner).wait()
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
+
+
+def _prefixed(storage: Any, number: int) -> Any:
+    """Return the storage data of a plan with a prefix of its own for the files of one part."""
+    return replace(storage, prefix=f"{storage.prefix}{number}_")
+
+
+def _spread(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Deal the items out to as many files as their bytes are worth, large ones first."""
+    sizes = {id(item): _num_bytes(item) for item in items}
+    number = min(MAX_FILES, 1 + sum(sizes.values()) // FILE_BYTES)
+    parts: list[list[WriteItem]] = [[] for _ in range(number)]
+    totals = [0] * number
+    for item in sorted(items, key=lambda item: -sizes[id(item)]):
+        smallest = totals.index(min(totals))
+        parts[smallest].append(item)
+        totals[smallest] += sizes[id(item)]
+    return parts
+
+
+def _num_bytes(item: WriteItem) -> int:
+    facts = item.tensor_data
+    return facts.chunk.sizes.numel() * facts.properties.dtype.itemsize if facts else 0
 
 
 class ExactLoadPlanner(DefaultLoadPlanner):

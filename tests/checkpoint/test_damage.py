@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from colospec import durable
-from colospec.checkpoint import dcp
+from colospec.checkpoint import dcp, state
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.manifest import Manifest, latest
 from tests.checkpoint.training import Run, assert_same
@@ -71,10 +71,10 @@ def two_steps(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "damage", "complaint"),
     [
-        ("__1_0.distcp", truncate, "the manifest says"),
-        ("__0_0.distcp", flip_a_bit, "wrong sha256"),
+        ("__1_0_0.distcp", truncate, "the manifest says"),
+        ("__0_0_0.distcp", flip_a_bit, "wrong sha256"),
         (".metadata", flip_a_bit, "wrong sha256"),
-        ("__1_0.distcp", remove, "missing"),
+        ("__1_0_0.distcp", remove, "missing"),
         (".metadata", remove, "missing"),
         ("manifest.json", garble, "garbled"),
         ("manifest.json", edit, "its sha256 is wrong"),
@@ -98,7 +98,7 @@ def test_the_previous_checkpoint_is_used_and_the_damaged_file_named(
 def test_all_ranks_resume_from_the_same_previous_checkpoint(two_steps, tmp_path):
     directory = tmp_path / "checkpoint"
     shutil.copytree(two_steps[0], directory)
-    flip_a_bit(directory / "step-000002" / "__1_0.distcp")
+    flip_a_bit(directory / "step-000002" / "__1_0_0.distcp")
     for epoch, snapshot in run_ranks(resume_auto, 2, directory):
         assert epoch == 1
         assert_same(snapshot, two_steps[1][0])
@@ -117,9 +117,9 @@ def test_naming_a_damaged_checkpoint_is_an_error(two_steps, tmp_path):
     directory = tmp_path / "checkpoint"
     shutil.copytree(two_steps[0], directory)
     path = directory / "step-000002"
-    flip_a_bit(path / "__0_0.distcp")
+    flip_a_bit(path / "__0_0_0.distcp")
     checkpointer = lone(directory)
-    with pytest.raises(ValueError, match=r"resume=\S+ is not a whole checkpoint.*__0_0.distcp"):
+    with pytest.raises(ValueError, match=r"resume=\S+ is not a whole checkpoint.*__0_0_0.distcp"):
         checkpointer.choose(str(path))
     with pytest.raises(ValueError, match=r"manifest.json: No such file"):
         checkpointer.choose(str(directory))
@@ -217,7 +217,8 @@ def test_kills_at_random_moments_never_lose_a_committed_checkpoint(tmp_path, cap
     assert caplog.messages == []
 
 
-def fill_the_disk_on_one(rank, directory):
+def fill_the_disk_on_one(rank, directory, file_bytes):
+    state.FILE_BYTES = file_bytes
     run = Run(directory, width=40_000)
     run.save(1, epoch=1)
     run.checkpointer.wait()
@@ -235,8 +236,11 @@ def fill_the_disk_on_one(rank, directory):
     return str(caught.value), left, latest(directory).step
 
 
-def test_a_full_disk_on_one_rank_is_reported_by_all_and_leaves_the_previous_one(tmp_path):
-    results = run_ranks(fill_the_disk_on_one, 2, tmp_path)
+@pytest.mark.parametrize("file_bytes", [2**28, 100_000])
+def test_a_full_disk_on_one_rank_is_reported_by_all_and_leaves_the_previous_one(
+    tmp_path, file_bytes
+):
+    results = run_ranks(fill_the_disk_on_one, 2, tmp_path, file_bytes)
     assert results[0] == results[1]
     message, left, newest = results[0]
     assert left == ["step-000001"]
@@ -265,17 +269,17 @@ def test_waiting_for_a_save_is_bounded(tmp_path):
     checkpointer = lone(tmp_path, limit_s=0.05)
     (tmp_path / "step-000001.tmp").mkdir()
     # The writer blocks in open() until somebody reads.
-    os.mkfifo(tmp_path / "step-000001.tmp" / "__0_0.distcp")
+    os.mkfifo(tmp_path / "step-000001.tmp" / "__0_0_0.distcp")
     checkpointer.save(1, {"model": {"w": torch.ones(3)}}, {}, metrics={})
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"step-000001 was not written within 0.05 s"):
         checkpointer.wait()
     assert time.monotonic() - start < 5
-    (tmp_path / "step-000001.tmp" / "__0_0.distcp").open("rb").close()
+    (tmp_path / "step-000001.tmp" / "__0_0_0.distcp").open("rb").close()
 
 
 def test_manifest_is_plain_json(two_steps):
     body = json.loads((two_steps[0] / "step-000002" / "manifest.json").read_text())["manifest"]
     assert body["step"] == 2
     assert body["metrics"] == {"train/loss": 1.0}
-    assert set(body["files"]) == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    assert set(body["files"]) == {"__0_0_0.distcp", "__1_0_0.distcp", ".metadata"}

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from colospec.checkpoint import state
 from colospec.checkpoint.dcp import Checkpointer
 from colospec.checkpoint.manifest import latest
 from colospec.checkpoint.rng import restore_rng
@@ -12,7 +13,8 @@ from tests.checkpoint.training import Run, assert_same
 from tests.ranks import run_ranks
 
 
-def train_and_save(_rank, directory):
+def train_and_save(_rank, directory, file_bytes=100):
+    state.FILE_BYTES = file_bytes
     run = Run(directory, seed=5)
     for _ in range(3):
         run.step()
@@ -38,9 +40,14 @@ def resume(rank, directory):
     return meta, loaded, run.snapshot(), run.checkpointer.newest_step(), numbers
 
 
+@pytest.mark.parametrize("file_bytes", [2**28, 100])
 @pytest.mark.parametrize(("saving", "loading"), [(1, 1), (2, 2), (2, 1), (1, 2)])
-def test_state_is_bit_identical_after_resuming_on_other_trainers(tmp_path, saving, loading):
-    saved = run_ranks(train_and_save, saving, tmp_path)
+def test_state_is_bit_identical_after_resuming_on_other_trainers(
+    tmp_path, saving, loading, file_bytes
+):
+    saved = run_ranks(train_and_save, saving, tmp_path, file_bytes)
+    files = list((tmp_path / "step-000003").glob("*.distcp"))
+    assert len(files) == saving * (1 if file_bytes == 2**28 else 8)
     resumed = run_ranks(resume, loading, tmp_path)
 
     before, after, numbers = saved[0]
