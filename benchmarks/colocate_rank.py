@@ -34,14 +34,15 @@ from colospec import launch, log, topology
 from colospec.batch import Features, TokenBatch
 from colospec.config import RunConfig
 from colospec.data.dataset import Dataset
-from colospec.data.pack import Plan, Step
+from colospec.data.pack import Step
 from colospec.draft import registry
 from colospec.ring import RingTimeout
 from colospec.ring.channel import Reader, Writer
 from colospec.topology import Role
-from colospec.train.job import Job, Start, load_target
+from colospec.train.job import Job, Start, lay_out, load_target
+from colospec.train.memory import limit_memory
 from colospec.train.produce import load_engine
-from colospec.train.rank import enter_gpu, limit_memory
+from colospec.train.rank import enter_gpu
 from colospec.train.stop import StopVote
 from colospec.train.trainer import Trainer
 from colospec.train.warm_up import random_features
@@ -248,14 +249,7 @@ def synthetic_job(run: RunConfig, dataset_directory: str, num_trainers: int) -> 
     """Make a job of data that is tokenised already."""
     target = load_target(run)
     dataset = Dataset(Path(dataset_directory), fingerprint="synthetic")
-    plan = Plan(
-        dataset.lengths,
-        dataset.num_loss_tokens,
-        seed=run.seed,
-        token_budget=run.data.token_budget,
-        max_sequences=run.data.max_sequences,
-        fingerprint=dataset.fingerprint,
-    )
+    plan = lay_out(run, dataset, fingerprint=dataset.fingerprint)
     spec = registry.features(run.draft, target)
     return Job(run, target, dataset, plan, spec, num_trainers, run.trainer.max_steps or 1)
 

@@ -53,7 +53,7 @@ def _original(batch: int, *draft: str) -> Callable[[int], list[str]]:
             raise ValueError(f"{batch} samples per step do not divide over {num_gpus} GPUs")
         each = batch // num_gpus
         return [
-            "target=qwen3_8b", *draft, "data.max_length=2048",
+            "target=qwen3_8b", *draft, *_all_blocks(each, *draft), "data.max_length=2048",
             f"data.token_budget={2048 * each}", f"data.max_sequences={each}",
         ]  # fmt: skip
 
@@ -62,9 +62,14 @@ def _original(batch: int, *draft: str) -> Callable[[int], list[str]]:
 
 def _four_samples(*draft: str) -> Callable[[int], list[str]]:
     return lambda _: [
-        "target=qwen3_8b", *draft, "data.max_length=2048", "data.token_budget=8192",
-        "data.max_sequences=4",
+        "target=qwen3_8b", *draft, *_all_blocks(4, *draft), "data.max_length=2048",
+        "data.token_budget=8192", "data.max_sequences=4",
     ]  # fmt: skip
+
+
+def _all_blocks(samples: int, *draft: str) -> list[str]:
+    """Return the setting that lets all blocks of `samples` samples share a micro-batch."""
+    return [f"draft.max_blocks={512 * samples}"] if "draft=dflash" in draft else []
 
 
 FULL_VOCABULARY = "draft.draft_vocab_size=null"

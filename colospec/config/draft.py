@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from omegaconf import MISSING
 
 
 @dataclass
 class DraftConfig:
-    """What every draft algorithm has; each algorithm adds its own."""
+    """What every draft algorithm has; each algorithm adds its own.
+
+    `sized_by` names the settings that bound the memory of a training step, the best to lower first.
+    """
+
+    sized_by: ClassVar[tuple[str, ...]] = ("data.token_budget",)
 
     algorithm: str = MISSING
     """Its name: that of its folder in colospec/draft, or of an entry point."""

@@ -8,6 +8,7 @@ training set too.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +45,16 @@ class Split:
     fingerprint: str
 
 
-def split(train: Dataset, config: DataConfig, *, other: Dataset | None) -> Split:
+def split(
+    train: Dataset,
+    config: DataConfig,
+    *,
+    other: Dataset | None,
+    sizes: Callable[[Dataset], NDArray[np.int64]] = lambda dataset: dataset.lengths,
+) -> Split:
     """Hold out what `config` says of `train`, or of `other`, the data of held_out_path.
+
+    `sizes` says what each sample of a dataset takes of data.token_budget, as for a `Plan`.
 
     Raises ValueError where too few samples are left, or too few are there.
     """
@@ -65,7 +74,7 @@ def split(train: Dataset, config: DataConfig, *, other: Dataset | None) -> Split
             f"on: all of its {len(train)} samples equal a held-out one; lower it, or set "
             "data.held_out_path to other data"
         )
-    held_out = HeldOut(source, tuple(chosen.tolist()), _pack(source, chosen, config))
+    held_out = HeldOut(source, tuple(chosen.tolist()), _pack(chosen, sizes(source), config))
     return Split(
         train_ids,
         _token_counts(train, train_ids),
@@ -103,11 +112,12 @@ def _token_counts(train: Dataset, train_ids: Ids) -> NDArray[np.int64]:
     return counts
 
 
-def _pack(dataset: Dataset, chosen: Ids, config: DataConfig) -> tuple[Bin, ...]:
-    """Fill micro-batches, long samples first."""
-    order = chosen[np.argsort(-dataset.lengths[chosen], kind="stable")].tolist()
-    sizes = [int(dataset.lengths[index]) for index in order]
-    bins = best_fit(sizes, capacity=config.token_budget, max_items=config.max_sequences)
+def _pack(chosen: Ids, sizes: NDArray[np.int64], config: DataConfig) -> tuple[Bin, ...]:
+    """Fill micro-batches, large samples first."""
+    order = chosen[np.argsort(-sizes[chosen], kind="stable")].tolist()
+    bins = best_fit(
+        sizes[order].tolist(), capacity=config.token_budget, max_items=config.max_sequences
+    )
     return tuple(tuple(order[item] for item in items) for items in bins)
 
 

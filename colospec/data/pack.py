@@ -3,8 +3,8 @@
 A pure function of the samples' lengths and a few numbers, worked out lazily and on every rank
 alike, so that engines and trainers agree without a word. One epoch: all samples in an order drawn
 from (seed, epoch), cut into windows of about 8192; the samples of a window are packed into bins of
-`token_budget` tokens (best fit, long samples first); the window's bins are shuffled, because
-packing emits them by falling length. A bin is a micro-batch. Bins are numbered through the epoch
+`token_budget` tokens (best fit, large samples first); the window's bins are shuffled, because
+packing emits them by falling size. A bin is a micro-batch. Bins are numbered through the epoch
 whatever the number of micro-batches per step, so trainers and accumulation trade freely.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 WINDOW_SAMPLES = 8192
 # Change the name with anything that changes which samples meet in which bin, or the bins' order.
 ALGORITHM = "window-best-fit-1"
-# Samples up to 1 / SMALL of the budget stay in drawn order: by falling length, the shortest of all
+# Samples up to 1 / SMALL of the budget stay in drawn order: by falling size, the smallest of all
 # would meet in bins that reach `max_sequences` half empty (short chats: fill 0.84 instead of 0.99).
 SMALL = 16
 # `estimate_steps` packs at most about this many samples (under 2 s).
@@ -55,8 +55,9 @@ class Plan:
     """The order in which a dataset is gone through.
 
     lengths [N] and num_loss_tokens [N] are integers: tokens of each sample, and how many of them
-    are supervised. `samples` are the ids to go through (None: all N); who gives some says so in
-    `fingerprint`. Raises ValueError for no samples, or a sample longer than `token_budget`.
+    are supervised; sizes [N] (None: the lengths), what each takes of `token_budget`. `samples` are
+    the ids to go through (None: all N); who gives some says so in `fingerprint`. Raises ValueError
+    for no samples, or a sample that `token_budget` does not hold.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Plan:
         token_budget: int,
         max_sequences: int,
         fingerprint: str,
+        sizes: NDArray[np.integer] | None = None,
         samples: NDArray[np.integer] | None = None,
     ) -> None:
+        sizes = lengths if sizes is None else sizes
         ids = np.arange(len(lengths)) if samples is None else samples.astype(np.intp)
         if len(ids) == 0:
             raise ValueError("a plan needs at least one sample; the dataset has none")
@@ -77,13 +80,14 @@ class Plan:
             raise ValueError(f"{len(lengths)} lengths but {len(num_loss_tokens)} num_loss_tokens")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
-        if (longest := int(lengths[ids].max())) > token_budget:
+        if (longest := int(sizes[ids].max())) > token_budget:
             raise ValueError(
                 f"a sample of {longest} tokens fits no micro-batch of data.token_budget="
                 f"{token_budget}; set data.token_budget={longest} or lower data.max_length"
             )
         self._ids = ids
         self._lengths = lengths
+        self._sizes = sizes
         self._num_loss_tokens = num_loss_tokens
         self._seed = seed
         self._token_budget = token_budget
@@ -92,7 +96,8 @@ class Plan:
         self._order: tuple[int, NDArray[np.intp]] | None = None  # of the epoch asked for last
         self._packed: tuple[tuple[int, int], list[Bin]] | None = None  # the window asked for last
         self._num_bins: dict[tuple[int, int], int] = {}  # of (epoch, window), once packed
-        facts = [ALGORITHM, fingerprint, seed, token_budget, max_sequences]
+        taken = hashlib.sha256(sizes.astype(np.int64).tobytes()).hexdigest()
+        facts = [ALGORITHM, fingerprint, taken, seed, token_budget, max_sequences]
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -201,12 +206,12 @@ class Plan:
         return self._ids[self._order[1][start:end]]
 
     def _pack(self, samples: NDArray[np.intp]) -> list[Bin]:
-        lengths = self._lengths[samples].astype(np.int64)
-        order = np.argsort(
-            -np.where(lengths > self._token_budget // SMALL, lengths, 0), kind="stable"
+        sizes = self._sizes[samples].astype(np.int64)
+        order = np.argsort(-np.where(sizes > self._token_budget // SMALL, sizes, 0), kind="stable")
+        ids = samples[order].tolist()
+        bins = best_fit(
+            sizes[order].tolist(), capacity=self._token_budget, max_items=self._max_sequences
         )
-        ids, sizes = samples[order].tolist(), lengths[order].tolist()
-        bins = best_fit(sizes, capacity=self._token_budget, max_items=self._max_sequences)
         return [tuple(ids[item] for item in items) for items in bins]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from colospec.batch import FeatureBatch, FeatureSpec
@@ -81,6 +82,23 @@ class DraftModel(nn.Module):
     def features(cls, config: DraftConfig, target: Target) -> FeatureSpec:
         """Return what the algorithm needs from the target; engines call it without a module."""
         raise NotImplementedError
+
+    @classmethod
+    def sizes(
+        cls,
+        config: DraftConfig,
+        lengths: NDArray[np.int64],
+        num_loss_tokens: NDArray[np.int64],
+        *,
+        token_budget: int,
+    ) -> NDArray[np.int64]:
+        """Return what each sample takes of a micro-batch's `token_budget`, [N]: at least its
+        length, and more where a step on it needs more memory. Engines call it too.
+
+        lengths, num_loss_tokens [N]: tokens of each sample, and how many are supervised.
+        """
+        del config, num_loss_tokens, token_budget
+        return lengths
 
     @classmethod
     def from_config(

@@ -16,7 +16,7 @@ from colospec import demo
 from colospec.batch import Cursor, FeatureSpec, TokenBatch
 from colospec.config import DataConfig, Dtype, RunConfig
 from colospec.data.dataset import Dataset, prepare
-from colospec.data.held_out import HeldOut, Split, split
+from colospec.data.held_out import HeldOut, Ids, Split, split
 from colospec.data.pack import Bin, Plan, Step
 from colospec.draft import registry
 from colospec.launch import visible_gpus
@@ -86,16 +86,8 @@ class Job:
         dataset, other = tokenised(data, "data.path"), None
         if data.held_out_path is not None:
             other = tokenised(replace(data, path=data.held_out_path), "data.held_out_path")
-        parts = split(dataset, data, other=other)
-        plan = Plan(
-            dataset.lengths,
-            dataset.num_loss_tokens,
-            seed=run.seed,
-            token_budget=data.token_budget,
-            max_sequences=data.max_sequences,
-            fingerprint=parts.fingerprint,
-            samples=parts.train_ids,
-        )
+        parts = split(dataset, data, other=other, sizes=lambda part: sizes(run, part))
+        plan = lay_out(run, dataset, fingerprint=parts.fingerprint, samples=parts.train_ids)
         per_step = num_trainers * run.trainer.accumulation
         total = run.trainer.max_steps or plan.estimate_steps(per_step, run.trainer.epochs)
         spec = registry.features(run.draft, target)
@@ -190,6 +182,28 @@ class Job:
         bins = held_out.bins if evaluates else ()
         filled = bins + ((),) * (-len(bins) % self.num_trainers)
         return Evaluation(epoch, step, filled, held_out.num_loss_tokens(), has_probe)
+
+
+def lay_out(
+    run: RunConfig, dataset: Dataset, *, fingerprint: str, samples: Ids | None = None
+) -> Plan:
+    """Return the plan of a run through `samples` of a dataset, or all of it."""
+    return Plan(
+        dataset.lengths,
+        dataset.num_loss_tokens,
+        seed=run.seed,
+        token_budget=run.data.token_budget,
+        max_sequences=run.data.max_sequences,
+        fingerprint=fingerprint,
+        sizes=sizes(run, dataset),
+        samples=samples,
+    )
+
+
+def sizes(run: RunConfig, dataset: Dataset) -> NDArray[np.int64]:
+    """Return what each sample takes of data.token_budget, [N]."""
+    lengths, supervised = dataset.lengths, dataset.num_loss_tokens
+    return registry.sizes(run.draft, lengths, supervised, token_budget=run.data.token_budget)
 
 
 def load_target(run: RunConfig) -> Target:

@@ -13,15 +13,15 @@ import torch
 
 from colospec import log as logs
 from colospec.batch import FeatureSource
-from colospec.config import Mode, RingPayload, RunConfig
+from colospec.config import Mode, RunConfig
 from colospec.durable import clear
 from colospec.mps.client import bootstrap
 from colospec.mps.products import check_products, model_shapes
 from colospec.ring.channel import Reader, Writer
-from colospec.ring.spec import SlotLayout
 from colospec.topology import Role, Topology
 from colospec.train.deterministic import make_deterministic
 from colospec.train.job import Job, Start
+from colospec.train.memory import explain_memory, limit_memory
 from colospec.train.probe_target import LocalTarget, ProbeTarget, RingTarget
 from colospec.train.produce import AlternateSource, load_engine, produce
 from colospec.train.provenance import plain, write_provenance
@@ -59,7 +59,8 @@ def run_rank(run: RunConfig, topology: Topology, run_dir: Path) -> int:
         if world.place.role is Role.ENGINE:
             _be_engine(job, world)
             return os.EX_OK
-        return _be_trainer(job, world, directory)
+        with explain_memory(run, world):
+            return _be_trainer(job, world, directory)
 
 
 def enter_gpu(run: RunConfig, world: World) -> None:
@@ -76,27 +77,6 @@ def enter_gpu(run: RunConfig, world: World) -> None:
         daemon.prove_client(os.getpid())
 
 
-def limit_memory(job: Job, world: World) -> None:
-    """Cap what this rank may allocate at its share of the GPU; rank 0 prints the split."""
-    run, device = job.run, world.device
-    total = torch.cuda.get_device_properties(device).total_memory
-    ring = ring_bytes(job) / total
-    share = memory_share(run, world.place.role, ring=ring)
-    if share <= 0:
-        raise ValueError(
-            f"memory.engine_fraction={run.memory.engine_fraction} does not even hold the ring, "
-            f"{ring_bytes(job) / 2**30:.1f} GiB; raise it, or lower ring.num_slots or "
-            "data.token_budget"
-        )
-    torch.cuda.set_per_process_memory_fraction(share, device)
-    if world.place.rank == 0:
-        gib = total / 2**30
-        log.info(
-            "memory of a GPU (%.0f GiB): trainer %.1f GiB, engine %.1f GiB with %.1f GiB of ring",
-            gib, run.memory.trainer_fraction * gib, run.memory.engine_fraction * gib, ring * gib,
-        )  # fmt: skip
-
-
 def _model_shapes(job: Job) -> list[tuple[int, int, int]]:
     """Return the shapes of the run's largest matrix products."""
     run = job.run
@@ -106,24 +86,6 @@ def _model_shapes(job: Job) -> list[tuple[int, int, int]]:
         tp=run.engine.tp,
         draft_vocab_size=getattr(run.draft, "draft_vocab_size", None),
     )
-
-
-def ring_bytes(job: Job) -> int:
-    """Return what the slots of one engine take of its GPU."""
-    run = job.run
-    if run.mode is not Mode.colocate or run.ring.payload is RingPayload.host:
-        return 0
-    return run.ring.num_slots * SlotLayout.plan(job.spec, run.data.token_budget).slot_bytes
-
-
-def memory_share(run: RunConfig, role: Role, *, ring: float = 0.0) -> float:
-    """Return the share of its GPU that torch's allocator of a rank may take: an engine's without
-    its `ring`, which is not torch's; in alternate mode that of both roles."""
-    if run.mode is Mode.alternate:
-        return run.memory.trainer_fraction + run.memory.engine_fraction
-    if role is Role.ENGINE:
-        return run.memory.engine_fraction - ring
-    return run.memory.trainer_fraction
 
 
 def check_shared(run_dir: Path, world: World, *, patience_s: float = 10.0) -> None:

@@ -71,11 +71,16 @@ def test_token_counts_are_those_of_what_is_trained_on(tmp_path, open_data):
 def test_every_held_out_sample_is_in_one_micro_batch_within_the_limits(tmp_path, open_data):
     path = rows.write_lines(tmp_path / "a.jsonl", rows.mixed(150))
     dataset, config = open_data(path, held_out_samples=60, max_sequences=7)
-    held_out = split(dataset, config, other=None).held_out
-    assert sorted(chain(*held_out.bins)) == list(held_out.sample_ids)
-    for samples in held_out.bins:
-        assert 1 <= len(samples) <= 7
-        assert dataset.lengths[list(samples)].sum() <= BUDGET
+    sizes = np.random.default_rng().integers(dataset.lengths, BUDGET, endpoint=True)
+    for taken, part in (
+        (dataset.lengths, split(dataset, config, other=None)),
+        (sizes, split(dataset, config, other=None, sizes=lambda _: sizes)),
+    ):
+        held_out = part.held_out
+        assert sorted(chain(*held_out.bins)) == list(held_out.sample_ids)
+        for samples in held_out.bins:
+            assert 1 <= len(samples) <= 7
+            assert taken[list(samples)].sum() <= BUDGET
     assert held_out.num_loss_tokens() == sum(
         int(dataset.sample(index)[1].sum()) for index in held_out.sample_ids
     )

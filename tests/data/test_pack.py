@@ -19,7 +19,7 @@ def log_normal(num_samples, seed=0, longest=BUDGET):
     return np.clip(rng.lognormal(4.0, 0.8, num_samples).astype(np.int64), 1, longest)
 
 
-def plan(lengths, seed=0, max_sequences=128, budget=BUDGET, fingerprint="data"):
+def plan(lengths, seed=0, max_sequences=128, budget=BUDGET, fingerprint="data", sizes=None):
     return Plan(
         lengths,
         (lengths + 1) // 2,
@@ -27,6 +27,7 @@ def plan(lengths, seed=0, max_sequences=128, budget=BUDGET, fingerprint="data"):
         token_budget=budget,
         max_sequences=max_sequences,
         fingerprint=fingerprint,
+        sizes=sizes,
     )
 
 
@@ -41,6 +42,19 @@ def test_each_epoch_has_every_sample_once_within_both_limits(lengths, seed, max_
     for samples in bins:
         assert 1 <= len(samples) <= max_sequences
         assert lengths[list(samples)].sum() <= BUDGET
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths_of_samples, st.integers(0, 2**32), st.integers(0, 3))
+def test_samples_that_take_more_than_their_tokens_share_a_bin_with_fewer(lengths, seed, epoch):
+    sizes = np.random.default_rng(seed).integers(lengths, BUDGET, endpoint=True)
+    it = plan(lengths, seed, sizes=sizes)
+    bins = list(it.bins(epoch))
+    assert sorted(chain(*bins)) == list(range(len(lengths)))
+    assert all(sizes[list(samples)].sum() <= BUDGET for samples in bins)
+    assert it.estimate_steps(2, 3) == len(list(it.steps(micro_batches_per_step=2, epochs=3)))
+    first = list(it.bins(0))
+    assert it.fill_rate() == pytest.approx(lengths.sum() / (len(first) * BUDGET)), "of tokens"
 
 
 @settings(deadline=None, max_examples=60)
@@ -130,6 +144,7 @@ def test_digest_changes_with_everything_that_changes_the_order():
         plan(lengths, max_sequences=4),
         plan(lengths, budget=600),
         plan(lengths, fingerprint="other"),
+        plan(lengths, sizes=lengths + 1),
     ]
     assert len({it.digest for it in plans}) == len(plans)
     assert plan(lengths).digest == plans[0].digest
@@ -176,6 +191,8 @@ def test_steps_are_lazy():
 def test_unusable_numbers_are_refused_with_the_setting_to_change():
     with pytest.raises(ValueError, match=r"600 tokens.*data\.token_budget=600"):
         plan(np.array([5, 600]))
+    with pytest.raises(ValueError, match=r"600 tokens.*data\.token_budget=600"):
+        plan(np.array([5, 6]), sizes=np.array([5, 600]))
     with pytest.raises(ValueError, match="at least one sample"):
         plan(np.empty(0, np.int64))
     with pytest.raises(ValueError, match="seed=-1"):

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from colospec.draft import block_attention
 from colospec.draft.anchors import build_blocks, sample_anchors
 from colospec.draft.dflash.config import BlockObjective, DFlashConfig
 from colospec.draft.dflash.layers import block_layers
+from colospec.draft.dflash.model import DFlash
 from tests.draft.cases import (
     LENGTHS,
     assert_gradients,
@@ -70,6 +72,29 @@ def test_anchors_are_supervised_with_supervised_successors_and_at_most_so_many(g
         for some in possible:
             assert len(set(some) & set(anchors)) == min(number, len(some))
         assert set(anchors) <= {t for some in possible for t in some}
+
+
+def test_samples_that_fit_a_budget_have_at_most_so_many_blocks(generator):
+    """Memory follows blocks: samples short and many have more of them to a token than long ones."""
+    most, budget = 12, 96
+    config = DFlashConfig(num_anchors=5, max_blocks=most)
+    lengths = torch.randint(1, budget, (300,), generator=generator).tolist()
+    tokens = make_batch(lengths, make_target(), generator=generator, density=0.8).tokens
+    borders = tokens.cu_seqlens.tolist()
+    supervised = [int(tokens.loss_mask[a:b].sum()) for a, b in pairwise(borders)]
+    sizes = DFlash.sizes(config, np.array(lengths), np.array(supervised), token_budget=budget)
+    assert ((sizes >= lengths) & (sizes <= budget)).all()
+    anchors = sample_anchors(tokens, num_anchors=5, generator=generator).numpy()
+    blocks = np.histogram(anchors, borders)[0]
+    order = np.argsort(sizes)  # the smallest first: as many samples as can be in one micro-batch
+    for first in range(len(order)):
+        taken = order[first:][sizes[order[first:]].cumsum() <= budget]
+        assert blocks[taken].sum() <= most
+    wide = DFlash.sizes(
+        DFlashConfig(num_anchors=5, max_blocks=budget), np.array(lengths), np.array(supervised),
+        token_budget=budget,
+    )  # fmt: skip
+    assert wide.tolist() == lengths, "no more than one block to a token"
 
 
 def test_all_possible_anchors_are_drawn_equally_often(generator):

@@ -7,9 +7,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
+from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
 from colospec.train.job import Job, Start
 from colospec.train.provenance import plain
@@ -43,6 +45,19 @@ def test_an_error_of_the_held_out_data_names_its_setting(run: RunConfig) -> None
     data = replace(run.data, held_out_samples=0, held_out_path="/nowhere.jsonl")
     with pytest.raises(ValueError, match=r"^data\.held_out_path=/nowhere\.jsonl does not exist"):
         load(replace(run, data=data))
+
+
+def test_no_micro_batch_has_more_blocks_than_the_draft_allows(run: RunConfig) -> None:
+    config = DFlashConfig(num_anchors=8, max_blocks=16)
+    job = load(replace(run, draft=config))
+    held_out = job.held_out
+    assert held_out is not None
+    train = [part for step in job.steps(Start()) for part in step.bins]
+    for dataset, bins in ((job.dataset, train), (held_out.dataset, held_out.bins)):
+        most = [np.minimum(dataset.num_loss_tokens[list(part)], 8).sum() for part in bins]
+        assert 0 < max(most) <= 16
+    unlimited = chain.from_iterable(step.bins for step in load(run).steps(Start()))
+    assert max(map(len, train)) < max(map(len, unlimited))
 
 
 def due(job: Job, start: Start) -> dict[int, tuple[bool, bool]]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from colospec.config import Mode, RunConfig
-from colospec.draft.eagle3.config import Eagle3Config
-from colospec.topology import Place, Role, build
-from colospec.train.rank import check_shared, memory_share
+from colospec.config import Mode
+from colospec.topology import Place, build
+from colospec.train.rank import check_shared
 
 PLACES = build(Mode.colocate, world_size=4, local_world_size=2, visible_gpus=0).places
 
@@ -53,15 +52,6 @@ def test_a_run_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RuntimeError, match=r"run_dir=.*file cannot be made: File exists; choose"):
         check_shared(tmp_path / "file", Peer(PLACES[0]))
-
-
-def test_each_role_is_held_to_its_share_of_the_gpu():
-    run = RunConfig(mode=Mode.colocate, draft=Eagle3Config())
-    run.memory.trainer_fraction, run.memory.engine_fraction = 0.5, 0.3
-    assert memory_share(run, Role.TRAINER, ring=0.1) == pytest.approx(0.5)
-    assert memory_share(run, Role.ENGINE, ring=0.1) == pytest.approx(0.2), "the ring is not torch's"
-    run.mode = Mode.alternate
-    assert memory_share(run, Role.TRAINER) == pytest.approx(0.8), "one rank is both roles"
 
 
 def test_a_node_with_a_directory_of_its_own_says_what_to_set(tmp_path):

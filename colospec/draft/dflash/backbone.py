@@ -15,6 +15,7 @@ from typing import Self, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from colospec.batch import FeatureSpec, TokenBatch
@@ -62,6 +63,21 @@ class BlockBackbone(BlockDraft):
             hidden_size=target.hidden_size,
             dtype=target.dtype,
         )
+
+    @classmethod
+    def sizes(
+        cls,
+        config: DraftConfig,
+        lengths: NDArray[np.int64],
+        num_loss_tokens: NDArray[np.int64],
+        *,
+        token_budget: int,
+    ) -> NDArray[np.int64]:
+        """A step on `max_blocks` blocks fills the budget, however few tokens they come from."""
+        assert isinstance(config, BlockConfig)
+        blocks = num_loss_tokens.clip(max=config.num_anchors)
+        share: NDArray[np.int64] = -(-blocks * token_budget // config.max_blocks)
+        return np.maximum(lengths, share)
 
     @classmethod
     def from_config(

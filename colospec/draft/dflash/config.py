@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 from colospec.config import check_numbers
 from colospec.draft.settings import LayersConfig
@@ -21,6 +22,7 @@ class BlockObjective(Enum):
 class BlockConfig(LayersConfig):
     """What every drafter of blocks has."""
 
+    sized_by: ClassVar[tuple[str, ...]] = ("draft.max_blocks", "draft.num_anchors")
     aux_layer_ids: list[int] | None = None
     """Target layers whose outputs feed the draft, 0-based; null spreads `num_aux_layers` of them
     evenly from 1 to L - 3."""
@@ -31,6 +33,9 @@ class BlockConfig(LayersConfig):
     """Tokens that the draft reads at once: one that is given, and masks."""
     num_anchors: int = 512
     """Most blocks of one sample in one step, begun at random supervised tokens."""
+    max_blocks: int = 1024
+    """Blocks per micro-batch: sizes activations. Where samples have many, a micro-batch holds fewer
+    tokens than data.token_budget. At least num_anchors."""
     mask_token_id: int | None = None
     """Token that stands for one to be drafted; null is the last row of the target's embedding."""
     sliding_layers: list[int] = field(default_factory=list)
@@ -54,6 +59,12 @@ class BlockConfig(LayersConfig):
             },
             above_zero=("decay_gamma",),
         )
+        if self.max_blocks < self.num_anchors:
+            raise ValueError(
+                f"draft.max_blocks={self.max_blocks} is less than draft.num_anchors="
+                f"{self.num_anchors}: one sample would fit no micro-batch; set draft.max_blocks="
+                f"{self.num_anchors} or lower draft.num_anchors"
+            )
         layers = self.sliding_layers
         if any(not 0 <= layer < self.num_layers for layer in layers):
             raise ValueError(
