@@ -30,10 +30,11 @@ pytestmark = [
 
 CHAIN_LENGTH = {"eagle3": 5, "dflash": 7}
 EXPERIMENT = {"eagle3": "demo", "dflash": "demo_dflash"}
-NUM_PROMPTS, NEW_TOKENS = 10, 40
+NUM_PROMPTS, NEW_TOKENS = 32, 40
 # The demo target's logits have ties in bfloat16, which turn with the shape of a batch; the texts
-# differ from there on.
-SAME_TEXTS = 0.6
+# differ from there on. Our loop in bfloat16 and in float32 has two thirds of the texts in common,
+# and on those it accepts within 3 % as much: of 10 prompts in 97 % of all draws, of 32 in 99.9 %.
+SAME_TEXTS = 0.4
 
 
 def in_shared_memory() -> set[str]:
