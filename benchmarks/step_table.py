@@ -52,7 +52,8 @@ def _note(result: dict[str, Any]) -> str:
     return (
         f"\nbenchmarks/bench_step.py, {host['gpu'] or host['cpu']}, torch {host['torch']}, commit "
         f"{result['commit']}: a trainer alone, the target's shape that of Qwen3-8B, random "
-        f"weights, default settings, {len(documents)} samples of {max(documents)} tokens per step, "
-        "every position supervised. With optimizer: FSDP2, clipping, AdamW; samples/s and GiB are "
-        "those of it. Useful: the operations that must be done, nothing twice, where counted."
+        f"weights, default settings, {len(documents)} samples of {max(documents)} tokens in one "
+        "micro-batch, every position supervised. With optimizer: FSDP2, clipping, AdamW; samples/s "
+        "and GiB are those of it. Useful: the operations that must be done, nothing twice, where "
+        "counted."
     )
