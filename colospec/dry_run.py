@@ -100,7 +100,7 @@ def _steps(run: RunConfig, topology: Topology) -> str:
     filtered = ", ".join(f"{count} {reason}" for reason, count in data.num_filtered.items())
     return (
         f"steps: {job.total_steps} of {topology.num_trainers} trainers x "
-        f"{run.trainer.accumulation} micro-batches of {run.data.token_budget} tokens; "
+        f"{run.trainer.accumulation} micro-batches of up to {run.data.token_budget} tokens; "
         f"{len(data)} samples ({filtered or 'none'} filtered out), "
         f"fill rate {job.plan.fill_rate():.1%}, features {job.spec.bytes_per_token} bytes per token"
         f" in {str(job.spec.dtype).removeprefix('torch.')}{_evaluations(job)}"

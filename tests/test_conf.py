@@ -86,7 +86,7 @@ def test_missing_mode_lists_the_modes():
         (["draft=dflash", "draft.block_size=1"], "draft.block_size=1 must be at least 2"),
         (["draft=dflash", "draft.sliding_layers=[5]"], "layers of the draft, 0 to 4"),
         (["draft=dflash", "draft.sliding_window=9"], "need each other"),
-        (["draft=dflash", "draft.num_anchors=1025"], "set draft.max_blocks=1025 or lower"),
+        (["draft=dflash", "draft.max_blocks=0"], "draft.max_blocks=0 must be at least 1"),
         (["draft=dflash", "draft.dpace_alpha=2"], r"in \[0, 1\]"),
         (["draft.ttt_length=0"], "draft.ttt_length=0 must be at least 1"),
         (["trainer.accumulation=0"], "trainer.accumulation=0 must be at least 1"),

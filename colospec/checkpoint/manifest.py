@@ -157,7 +157,7 @@ def committed(directory: Path, *, contents: bool = False) -> Iterator[Found]:
 def latest(directory: Path, *, contents: bool = True) -> Found | None:
     """Return the newest whole checkpoint of `directory`, None if there is none.
 
-    `contents` also compares every byte (sha256, about 1 GB/s and file); without it only names and
+    `contents` also compares every byte (sha256, about 1 GB/s per file); without it only names and
     sizes.
     """
     return next(committed(directory, contents=contents), None)

@@ -89,7 +89,7 @@ def _prefixed(storage: Any, number: int) -> Any:
 def _spread(items: list[WriteItem]) -> list[list[WriteItem]]:
     """Deal the items out to as many files as their bytes are worth, large ones first."""
     sizes = {id(item): _num_bytes(item) for item in items}
-    number = min(MAX_FILES, 1 + sum(sizes.values()) // FILE_BYTES)
+    number = max(1, min(MAX_FILES, len(items), sum(sizes.values()) // FILE_BYTES))
     parts: list[list[WriteItem]] = [[] for _ in range(number)]
     totals = [0] * number
     for item in sorted(items, key=lambda item: -sizes[id(item)]):
@@ -139,7 +139,9 @@ def save_state(path: Path, state: dict[str, Any], group: dist.ProcessGroup | Non
     """
     try:
         with _alone(group):
-            dcp.save(state, storage_writer=Writer(path), process_group=group, no_dist=group is None)
+            # All is on the CPU: nothing to copy ahead.
+            writer = Writer(path, per_thread_copy_ahead=0)
+            dcp.save(state, storage_writer=writer, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         raise RuntimeError(_first_failure(error)) from error
 

@@ -12,10 +12,10 @@ from omegaconf import MISSING
 class DraftConfig:
     """What every draft algorithm has; each algorithm adds its own.
 
-    `sized_by` names the settings that bound the memory of a training step, the best to lower first.
+    `sized_by` names its settings that bound the memory of a step, as data.token_budget does.
     """
 
-    sized_by: ClassVar[tuple[str, ...]] = ("data.token_budget",)
+    sized_by: ClassVar[tuple[str, ...]] = ()
 
     algorithm: str = MISSING
     """Its name: that of its folder in colospec/draft, or of an entry point."""

@@ -94,7 +94,7 @@ def summary(dataset: Dataset, config: DataConfig) -> str:
         "tokens": f"{dataset.num_tokens:,} (mean {mean:.0f}, longest {dataset.lengths.max():,})",
         "supervised": f"{supervised:,} ({supervised / dataset.num_tokens:.1%})",
         "fill rate": f"{plan.fill_rate():.1%} of {config.token_budget:,} tokens a micro-batch",
-        "micro-batches": f"{plan.estimate_steps(1, 1):,} an epoch",
+        "micro-batches": f"{plan.estimate_steps(1, 1):,} an epoch; draft.max_blocks can make more",
         "directory": str(dataset.directory),
     }
     return "".join(f"{name:<15}{value}\n" for name, value in facts.items())

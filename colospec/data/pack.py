@@ -1,11 +1,12 @@
 """The plan: which samples form which micro-batch of which step.
 
-A pure function of the samples' lengths and a few numbers, worked out lazily and on every rank
-alike, so that engines and trainers agree without a word. One epoch: all samples in an order drawn
-from (seed, epoch), cut into windows of about 8192; the samples of a window are packed into bins of
-`token_budget` tokens (best fit, large samples first); the window's bins are shuffled, because
-packing emits them by falling size. A bin is a micro-batch. Bins are numbered through the epoch
-whatever the number of micro-batches per step, so trainers and accumulation trade freely.
+A pure function of what the samples take of a micro-batch and of a few numbers, worked out lazily
+and on every rank alike, so that engines and trainers agree without a word. One epoch: all samples
+in an order drawn from (seed, epoch), cut into windows of about 8192; the samples of a window are
+packed into bins of `token_budget` tokens (best fit, large samples first); the window's bins are
+shuffled, because packing emits them by falling size. A bin is a micro-batch. Bins are numbered
+through the epoch whatever the number of micro-batches per step, so trainers and accumulation trade
+freely.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class Plan:
             raise ValueError("a plan needs at least one sample; the dataset has none")
         if len(lengths) != len(num_loss_tokens):
             raise ValueError(f"{len(lengths)} lengths but {len(num_loss_tokens)} num_loss_tokens")
+        if len(sizes) != len(lengths) or (sizes < lengths).any():
+            raise ValueError("sizes must have one entry for each sample, no less than its length")
         if seed < 0:
             raise ValueError(f"seed={seed} must be at least 0")
         if (longest := int(sizes[ids].max())) > token_budget:
@@ -96,8 +99,9 @@ class Plan:
         self._order: tuple[int, NDArray[np.intp]] | None = None  # of the epoch asked for last
         self._packed: tuple[tuple[int, int], list[Bin]] | None = None  # the window asked for last
         self._num_bins: dict[tuple[int, int], int] = {}  # of (epoch, window), once packed
-        taken = hashlib.sha256(sizes.astype(np.int64).tobytes()).hexdigest()
-        facts = [ALGORITHM, fingerprint, taken, seed, token_budget, max_sequences]
+        facts = [ALGORITHM, fingerprint, seed, token_budget, max_sequences]
+        if not np.array_equal(sizes, lengths):
+            facts.append(hashlib.sha256(sizes.astype(np.int64).tobytes()).hexdigest())
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property

@@ -60,13 +60,15 @@ def memory_share(run: RunConfig, role: Role, *, ring: float = 0.0) -> float:
 @contextmanager
 def explain_memory(run: RunConfig, world: World) -> Iterator[None]:
     """Say which settings a trainer's memory depends on when it has run out; raises RuntimeError."""
+    names = (*run.draft.sized_by, "data.token_budget")
+    lower = " or ".join(f"{name}={attrgetter(name)(run)}" for name in names)
+    share = f"memory.trainer_fraction={run.memory.trainer_fraction}"
+    if run.mode is Mode.alternate:
+        share = f"{share} and memory.engine_fraction={run.memory.engine_fraction}"
     try:
         yield
     except torch.OutOfMemoryError as error:
-        settings = " or ".join(f"{name}={attrgetter(name)(run)}" for name in run.draft.sized_by)
-        shares = run.memory
         raise RuntimeError(
-            f"training does not fit the share that {world.place} has of its GPU: lower {settings}, "
-            f"or raise memory.trainer_fraction={shares.trainer_fraction} at the cost of "
-            f"memory.engine_fraction={shares.engine_fraction} ({error})"
+            f"{world.place} needs more than its share of the GPU's memory: lower {lower} (in a new "
+            f"run_dir), or raise its share, {share} ({error})"
         ) from error

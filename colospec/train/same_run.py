@@ -11,7 +11,8 @@ from colospec.train.provenance import plain
 _MAY_CHANGE = {
     "mode", "run_dir", "resume", "dry_run", "launch", "topology", "tracker", "limit", "memory",
     "ring", "engine", "mps", "data.path", "data.held_out_path", "data.cache_dir",
-    "data.num_workers", "data.max_filtered_fraction", "draft.chunk_tokens", "trainer.max_steps",
+    "data.num_workers", "data.max_filtered_fraction", "draft.chunk_tokens", "draft.max_blocks",
+    "trainer.max_steps",
     "trainer.epochs", "trainer.log_interval", "trainer.save_interval", "trainer.keep",
     "trainer.best_metric", "trainer.accumulation", "trainer.max_skipped_steps",
     "trainer.init_from", "trainer.init_vocab", "trainer.eval_interval", "trainer.probe_interval",
@@ -35,7 +36,7 @@ def check_same_run(run: RunConfig, saved: dict[str, Any], digest: str, saved_dig
             if name not in _MAY_CHANGE and old.get(key) != value.get(key):
                 different.append(f"{name}: {old.get(key)} -> {value.get(key)}")
     if not different and digest != saved_digest:
-        different.append("the data itself (its plan has another digest)")
+        different.append("the data itself, or draft.max_blocks (its plan has another digest)")
     if different:
         raise ValueError(
             "the checkpoint in run_dir is of another run; these differ: "

@@ -147,7 +147,7 @@ def test_digest_changes_with_everything_that_changes_the_order():
         plan(lengths, sizes=lengths + 1),
     ]
     assert len({it.digest for it in plans}) == len(plans)
-    assert plan(lengths).digest == plans[0].digest
+    assert plan(lengths).digest == plan(lengths, sizes=lengths.copy()).digest == plans[0].digest
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 8])
@@ -193,6 +193,9 @@ def test_unusable_numbers_are_refused_with_the_setting_to_change():
         plan(np.array([5, 600]))
     with pytest.raises(ValueError, match=r"600 tokens.*data\.token_budget=600"):
         plan(np.array([5, 6]), sizes=np.array([5, 600]))
+    for wrong in ([5, 5], [5, 6, 7]):
+        with pytest.raises(ValueError, match="no less than its length"):
+            plan(np.array([5, 6]), sizes=np.array(wrong))
     with pytest.raises(ValueError, match="at least one sample"):
         plan(np.empty(0, np.int64))
     with pytest.raises(ValueError, match="seed=-1"):

@@ -77,12 +77,16 @@ def test_anchors_are_supervised_with_supervised_successors_and_at_most_so_many(g
 def test_samples_that_fit_a_budget_have_at_most_so_many_blocks(generator):
     """Memory follows blocks: samples short and many have more of them to a token than long ones."""
     most, budget = 12, 96
-    config = DFlashConfig(num_anchors=5, max_blocks=most)
     lengths = torch.randint(1, budget, (300,), generator=generator).tolist()
     tokens = make_batch(lengths, make_target(), generator=generator, density=0.8).tokens
     borders = tokens.cu_seqlens.tolist()
     supervised = [int(tokens.loss_mask[a:b].sum()) for a, b in pairwise(borders)]
-    sizes = DFlash.sizes(config, np.array(lengths), np.array(supervised), token_budget=budget)
+
+    def sizes_with(**settings):
+        config, rows = DFlashConfig(**settings), (np.array(lengths), np.array(supervised))
+        return DFlash.sizes(config, *rows, token_budget=budget)
+
+    sizes = sizes_with(num_anchors=5, max_blocks=most)
     assert ((sizes >= lengths) & (sizes <= budget)).all()
     anchors = sample_anchors(tokens, num_anchors=5, generator=generator).numpy()
     blocks = np.histogram(anchors, borders)[0]
@@ -90,11 +94,10 @@ def test_samples_that_fit_a_budget_have_at_most_so_many_blocks(generator):
     for first in range(len(order)):
         taken = order[first:][sizes[order[first:]].cumsum() <= budget]
         assert blocks[taken].sum() <= most
-    wide = DFlash.sizes(
-        DFlashConfig(num_anchors=5, max_blocks=budget), np.array(lengths), np.array(supervised),
-        token_budget=budget,
-    )  # fmt: skip
+    wide = sizes_with(num_anchors=5, max_blocks=budget)
     assert wide.tolist() == lengths, "no more than one block to a token"
+    alone = sizes_with(num_anchors=50, max_blocks=most)
+    assert (alone[np.array(supervised) >= most] == budget).all(), "what has more, shares with none"
 
 
 def test_all_possible_anchors_are_drawn_equally_often(generator):

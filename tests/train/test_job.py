@@ -134,3 +134,18 @@ def test_a_run_that_goes_on_may_evaluate_otherwise_but_not_hold_out_other_sample
     own = replace(run, data=replace(run.data, held_out_path=run.data.path))
     with pytest.raises(ValueError, match="its plan has another digest"):
         check_same_run(own, saved, "another", digest)
+
+
+def test_a_run_that_goes_on_may_change_its_block_limit_where_that_moves_no_sample(
+    run: RunConfig,
+) -> None:
+    def with_limit(blocks: int) -> tuple[RunConfig, str]:
+        some = replace(run, draft=DFlashConfig(num_anchors=8, max_blocks=blocks))
+        return some, load(some).plan.digest
+
+    begun, digest = with_limit(300)
+    more, same = with_limit(400)
+    check_same_run(more, plain(begun), same, digest)
+    fewer, other = with_limit(16)
+    with pytest.raises(ValueError, match=r"draft\.max_blocks \(its plan has another digest\)"):
+        check_same_run(fewer, plain(begun), other, digest)

@@ -25,8 +25,8 @@ def test_each_role_is_held_to_its_share_of_the_gpu():
 @pytest.mark.parametrize(
     ("draft", "settings"),
     [
-        (Eagle3Config(), "lower data.token_budget=8192, or"),
-        (DFlashConfig(num_anchors=64), "lower draft.max_blocks=1024 or draft.num_anchors=64, or"),
+        (Eagle3Config(), "lower data.token_budget=8192 ("),
+        (DFlashConfig(max_blocks=640), "lower draft.max_blocks=640 or data.token_budget=8192 ("),
     ],
 )
 def test_out_of_memory_says_which_settings_to_lower(draft, settings):
@@ -37,8 +37,15 @@ def test_out_of_memory_says_which_settings_to_lower(draft, settings):
     text = str(caught.value)
     assert settings in text
     assert "rank 2 (trainer 1 on cuda:1)" in text
-    assert "memory.trainer_fraction=0.45" in text
+    assert "memory.trainer_fraction=0.45 (" in text
     assert "tried to allocate 9 GiB" in text
+
+
+def test_out_of_memory_where_engine_and_trainer_are_one_rank_names_both_shares():
+    run = RunConfig(mode=Mode.alternate, draft=Eagle3Config())
+    both = r"memory\.trainer_fraction=0\.45 and memory\.engine_fraction=0\.45 "
+    with pytest.raises(RuntimeError, match=both), explain_memory(run, SimpleNamespace(place="")):
+        raise torch.OutOfMemoryError
 
 
 def test_every_algorithm_names_settings_that_it_has():

@@ -73,11 +73,12 @@ class BlockBackbone(BlockDraft):
         *,
         token_budget: int,
     ) -> NDArray[np.int64]:
-        """A step on `max_blocks` blocks fills the budget, however few tokens they come from."""
+        """`max_blocks` blocks fill the budget, however few tokens they come from."""
         assert isinstance(config, BlockConfig)
         blocks = num_loss_tokens.clip(max=config.num_anchors)
-        share: NDArray[np.int64] = -(-blocks * token_budget // config.max_blocks)
-        return np.maximum(lengths, share)
+        share = -(-blocks * token_budget // config.max_blocks)
+        sizes: NDArray[np.int64] = np.maximum(lengths, share.clip(max=token_budget))
+        return sizes
 
     @classmethod
     def from_config(

@@ -22,7 +22,7 @@ class BlockObjective(Enum):
 class BlockConfig(LayersConfig):
     """What every drafter of blocks has."""
 
-    sized_by: ClassVar[tuple[str, ...]] = ("draft.max_blocks", "draft.num_anchors")
+    sized_by: ClassVar[tuple[str, ...]] = ("draft.max_blocks",)
     aux_layer_ids: list[int] | None = None
     """Target layers whose outputs feed the draft, 0-based; null spreads `num_aux_layers` of them
     evenly from 1 to L - 3."""
@@ -35,7 +35,7 @@ class BlockConfig(LayersConfig):
     """Most blocks of one sample in one step, begun at random supervised tokens."""
     max_blocks: int = 1024
     """Blocks per micro-batch: sizes activations. Where samples have many, a micro-batch holds fewer
-    tokens than data.token_budget. At least num_anchors."""
+    tokens than data.token_budget; a sample that alone has more blocks is alone in its own."""
     mask_token_id: int | None = None
     """Token that stands for one to be drafted; null is the last row of the target's embedding."""
     sliding_layers: list[int] = field(default_factory=list)
@@ -54,17 +54,12 @@ class BlockConfig(LayersConfig):
                 "num_layers": 1,
                 "block_size": 2,
                 "num_anchors": 1,
+                "max_blocks": 1,
                 "mask_token_id": 0,
                 "sliding_window": 1,
             },
             above_zero=("decay_gamma",),
         )
-        if self.max_blocks < self.num_anchors:
-            raise ValueError(
-                f"draft.max_blocks={self.max_blocks} is less than draft.num_anchors="
-                f"{self.num_anchors}: one sample would fit no micro-batch; set draft.max_blocks="
-                f"{self.num_anchors} or lower draft.num_anchors"
-            )
         layers = self.sliding_layers
         if any(not 0 <= layer < self.num_layers for layer in layers):
             raise ValueError(
