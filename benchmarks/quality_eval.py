@@ -31,9 +31,9 @@ from colospec.draft.base import DraftModel
 from colospec.engine.base import open_engine
 from colospec.evaluate.acceptance import Acceptance, DecodingSettings, PlainOutput
 from colospec.evaluate.compare import Comparison, DrafterReport, compare, held_out_loss
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import BigramDrafter, Drafter, open_drafter
 from colospec.evaluate.simulate import Simulation
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.mps.control import PIPE_VARIABLE
 from colospec.mps.errors import MpsError
 from colospec.mps.gpus import VISIBLE_VARIABLE, uuid_list, visible

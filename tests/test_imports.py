@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -95,3 +96,12 @@ def test_settings_compose_without_importing_torch():
 def test_every_module_says_what_it_is_for():
     for path in sources():
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_a_rank_starts_without_transformers_and_the_compiler():
+    """Every rank of a job pays for what it imports: a second, where nobody tokenises or decodes."""
+    code = "import sys, colospec.train.rank; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"transformers", "datasets", "torch._dynamo"}

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from colospec.data.read import Chunk
 from colospec.data.rows import Chat, Reason, Rejected, parse_row
@@ -163,6 +162,9 @@ class Encoder:
 
 def load_tokenizer(path: Path) -> Any:
     """Load a fast tokenizer from a directory; raises ValueError where there is none."""
+    # Half a second that only those who tokenise spend.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

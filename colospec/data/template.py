@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from colospec.data.rows import Chat, Message, Reason, Rejected
 
@@ -198,6 +197,8 @@ class ChatTemplate:
         blocks: bool = False,
     ) -> tuple[str, list[Span]]:
         """Return the text, and the spans of its generation blocks if asked for; raises Rejected."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             texts, spans = render_jinja_template(
                 conversations=[messages],

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from colospec.demo.once import build_once
 from colospec.demo.recipe import (
@@ -47,6 +46,8 @@ def ensure_target(cache_dir: Path | str | None = None, *, num_steps: int = NUM_S
     path = target_directory(cache_dir)
 
     def build(directory: Path) -> None:
+        from transformers.utils import logging as transformers_logging
+
         train, held_out = sources()
         tokenizer = _train_tokenizer(train[:NUM_TOKENIZER_FILES])
         tokenizer.save_pretrained(directory)

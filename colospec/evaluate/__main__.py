@@ -22,9 +22,9 @@ from colospec.config import Dtype
 from colospec.data.encode import load_tokenizer
 from colospec.evaluate.acceptance import DecodingSettings
 from colospec.evaluate.compare import compare
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import open_drafter
 from colospec.evaluate.prompts import read_prompts
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.evaluate.through import (
     arguments_of,
     check_machine,

@@ -23,9 +23,9 @@ from colospec.evaluate.acceptance import (
     decode_speculatively,
     looping_share,
 )
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import Drafter
 from colospec.evaluate.simulate import Simulation, simulate
+from colospec.evaluate.target_decoder import TargetDecoder
 
 log = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from colospec.engine.base import Engine, open_engine
 from colospec.evaluate.acceptance import DecodingSettings
 from colospec.evaluate.compare import Comparison, compare, held_out_loss
 from colospec.evaluate.curves import draw_curves
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import (
     BigramDrafter,
     most_frequent_successors,
     open_drafter,
 )
 from colospec.evaluate.prompts import read_prompts
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.target import Target
 
 log = logging.getLogger(__name__)

@@ -24,9 +24,10 @@ from colospec.evaluate.acceptance import (
     decode_speculatively,
     looping_share,
 )
-from colospec.evaluate.decoder import TargetDecoder, eos_token_ids
+from colospec.evaluate.decoder import eos_token_ids
 from colospec.evaluate.drafters import Drafter, GreedyProposals
 from colospec.evaluate.served import Served, serve
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.target import Target
 
 log = logging.getLogger(__name__)

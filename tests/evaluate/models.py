@@ -12,9 +12,9 @@ from colospec.draft import registry
 from colospec.draft.eagle3.config import Eagle3Config
 from colospec.draft.eagle3.model import Eagle3
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import ChainDrafter, Proposal
 from colospec.evaluate.sampling import Sampler
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.target import Target
 from tests.engine import targets
 

@@ -15,10 +15,10 @@ from colospec.draft.domino.config import DominoConfig
 from colospec.draft.dspark.config import DSparkConfig, MarkovHeadType
 from colospec.draft.peagle.config import PEagleConfig
 from colospec.evaluate.acceptance import DecodingSettings, decode_plain, decode_speculatively
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import BlockDrafter, open_drafter
 from colospec.evaluate.sampling import Sampler
 from colospec.evaluate.simulate import simulate
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.target import Target
 from tests.engine import targets
 from tests.evaluate.models import CPU, random_prompts

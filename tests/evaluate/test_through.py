@@ -20,10 +20,10 @@ from colospec.engine.sglang_serving import ServingJob
 from colospec.evaluate import __main__ as command
 from colospec.evaluate import through
 from colospec.evaluate.acceptance import Acceptance
-from colospec.evaluate.decoder import TargetDecoder
 from colospec.evaluate.drafters import GreedyProposals
 from colospec.evaluate.sampling import Sampler
 from colospec.evaluate.served import Served, ServedRun
+from colospec.evaluate.target_decoder import TargetDecoder
 from colospec.evaluate.through import (
     ThroughSglang,
     arguments_of,
