@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.table import Table
 
 from colospec import demo
@@ -11,7 +12,7 @@ from colospec.draft import registry
 from colospec.log import console
 from colospec.target import Target
 from colospec.topology import Topology
-from colospec.train.job import Job, load_target
+from colospec.train.job import Job, load_target, sizes
 
 GIB = 2**30
 
@@ -97,13 +98,15 @@ def _steps(run: RunConfig, topology: Topology) -> str:
         return "steps: known once the demo target is built (by the first run)"
     job = Job.load(run, num_trainers=topology.num_trainers, progress=True)
     data: Dataset = job.dataset
+    is_full = np.array_equal(sizes(run, data), data.lengths)
+    limits = "" if is_full else f" (by {', '.join(run.draft.sized_by)})"
     filtered = ", ".join(f"{count} {reason}" for reason, count in data.num_filtered.items())
     return (
         f"steps: {job.total_steps} of {topology.num_trainers} trainers x "
         f"{run.trainer.accumulation} micro-batches of up to {run.data.token_budget} tokens; "
         f"{len(data)} samples ({filtered or 'none'} filtered out), "
-        f"fill rate {job.plan.fill_rate():.1%}, features {job.spec.bytes_per_token} bytes per token"
-        f" in {str(job.spec.dtype).removeprefix('torch.')}{_evaluations(job)}"
+        f"fill rate {job.plan.fill_rate():.1%}{limits}, features {job.spec.bytes_per_token} bytes "
+        f"per token in {str(job.spec.dtype).removeprefix('torch.')}{_evaluations(job)}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -9,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from colospec import dry_run
 from colospec.config import DataConfig, Mode, RunConfig, TargetConfig, TrainerConfig
 from colospec.draft.dflash.config import DFlashConfig
 from colospec.draft.eagle3.config import Eagle3Config
+from colospec.topology import build
 from colospec.train.job import Job, Start
 from colospec.train.provenance import plain
 from colospec.train.same_run import check_same_run
@@ -149,3 +154,14 @@ def test_a_run_that_goes_on_may_change_its_block_limit_where_that_moves_no_sampl
     fewer, other = with_limit(16)
     with pytest.raises(ValueError, match=r"draft\.max_blocks \(its plan has another digest\)"):
         check_same_run(fewer, plain(begun), other, digest)
+
+
+@pytest.mark.parametrize(("blocks", "says"), [(16, "% (by draft.max_blocks), "), (400, "%, ")])
+def test_a_dry_run_says_what_keeps_micro_batches_from_filling(
+    run: RunConfig, monkeypatch: Any, blocks: int, says: str
+) -> None:
+    monkeypatch.setattr(dry_run, "console", Console(file=io.StringIO(), width=1000))
+    some = replace(run, draft=DFlashConfig(num_anchors=8, max_blocks=blocks))
+    dry_run.show(some, build(Mode.colocate, world_size=4, local_world_size=4, visible_gpus=0))
+    (line,) = re.findall("fill rate.*", dry_run.console.file.getvalue())  # type: ignore[attr-defined]
+    assert re.match(rf"fill rate [0-9.]+{re.escape(says)}features", line)
