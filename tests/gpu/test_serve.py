@@ -32,9 +32,10 @@ CHAIN_LENGTH = {"eagle3": 5, "dflash": 7}
 EXPERIMENT = {"eagle3": "demo", "dflash": "demo_dflash"}
 NUM_PROMPTS, NEW_TOKENS = 32, 40
 # The demo target's logits have ties in bfloat16, which turn with the shape of a batch; the texts
-# differ from there on. Our loop in bfloat16 and in float32 has two thirds of the texts in common,
-# and on those it accepts within 3 % as much: of 10 prompts in 97 % of all draws, of 32 in 99.9 %.
-SAME_TEXTS = 0.4
+# differ from there on, and what is accepted may differ on the same text as well: our loop in
+# bfloat16 and in float32 differs by more than 3 % in one draw of 35 with 10 prompts, but in hardly
+# one of 1000 with 32.
+SAME_TEXTS = 0.6
 
 
 def in_shared_memory() -> set[str]:
