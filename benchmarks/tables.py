@@ -199,7 +199,7 @@ def dflash_table(results: Path) -> str | None:
     first = found[0][1]
     note = (
         "\nSamples per second, Qwen3-8B (random weights) with DFlash: 5 layers, blocks of 16, up "
-        f"to 512 anchors per sample, all samples of a step in one micro-batch (draft.max_blocks); "
+        "to 512 anchors per sample, all samples of a step in one micro-batch (draft.max_blocks); "
         f"{first['machine']['gpu']}, SGLang "
         f"{first['versions']['sglang']}, torch {first['versions']['torch']}, "
         f"{_commits([one for _, one in found])}. The original colocated system: 7.51 "

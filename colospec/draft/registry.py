@@ -6,7 +6,6 @@ import importlib
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from colospec.batch import FeatureSpec
@@ -59,19 +58,6 @@ def architectures() -> list[str]:
 def features(config: DraftConfig, target: Target) -> FeatureSpec:
     """Return what the draft of `config` needs from the target."""
     return find(config.algorithm).features(config, target)
-
-
-def sizes(
-    config: DraftConfig,
-    lengths: NDArray[np.int64],
-    num_loss_tokens: NDArray[np.int64],
-    *,
-    token_budget: int,
-) -> NDArray[np.int64]:
-    """Return what each sample takes of a micro-batch's `token_budget` with the draft of `config`,
-    [N]; see `DraftModel.sizes`."""
-    kind = find(config.algorithm)
-    return kind.sizes(config, lengths, num_loss_tokens, token_budget=token_budget)
 
 
 def build(

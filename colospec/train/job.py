@@ -201,9 +201,10 @@ def lay_out(
 
 
 def sizes(run: RunConfig, dataset: Dataset) -> NDArray[np.int64]:
-    """Return what each sample takes of data.token_budget, [N]."""
+    """Return what each sample takes of data.token_budget, [N]; see `DraftModel.sizes`."""
+    draft = registry.find(run.draft.algorithm)
     lengths, supervised = dataset.lengths, dataset.num_loss_tokens
-    return registry.sizes(run.draft, lengths, supervised, token_budget=run.data.token_budget)
+    return draft.sizes(run.draft, lengths, supervised, token_budget=run.data.token_budget)
 
 
 def load_target(run: RunConfig) -> Target:

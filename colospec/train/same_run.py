@@ -12,9 +12,8 @@ _MAY_CHANGE = {
     "mode", "run_dir", "resume", "dry_run", "launch", "topology", "tracker", "limit", "memory",
     "ring", "engine", "mps", "data.path", "data.held_out_path", "data.cache_dir",
     "data.num_workers", "data.max_filtered_fraction", "draft.chunk_tokens", "draft.max_blocks",
-    "trainer.max_steps",
-    "trainer.epochs", "trainer.log_interval", "trainer.save_interval", "trainer.keep",
-    "trainer.best_metric", "trainer.accumulation", "trainer.max_skipped_steps",
+    "trainer.max_steps", "trainer.epochs", "trainer.log_interval", "trainer.save_interval",
+    "trainer.keep", "trainer.best_metric", "trainer.accumulation", "trainer.max_skipped_steps",
     "trainer.init_from", "trainer.init_vocab", "trainer.eval_interval", "trainer.probe_interval",
     "trainer.probe_prompts", "trainer.probe_tokens", "trainer.probe_alarm", "export",
 }  # fmt: skip
